@@ -1,0 +1,101 @@
+"""How to make the agents of a run: settings that fit into a file, and the factory they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from agentkd.retrieval import Passage
+from agentkd.task import Task
+
+if TYPE_CHECKING:
+    from smolagents import Model, Tool
+
+    from agentkd.agent import StepAgent
+
+__all__ = ["AgentConfig", "agent_factory", "search_tools"]
+
+
+class AgentConfig(BaseModel):
+    """One kind of agent: its model, prompt, tools and limits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "offline-expert"
+    """Model id, as the endpoint lists it."""
+    api_base: str | None = None
+    """URL of an OpenAI-compatible endpoint, ending in /v1."""
+    api_key: str | None = Field(default=None, exclude=True, repr=False)
+    """Bearer token; never written anywhere."""
+    kind: Literal["agent", "cot"] = "agent"
+    """"agent" acts in code with tools; "cot" answers once by chain of thought."""
+    prompt: str | None = None
+    """System prompt; the teacher's by default."""
+    temperature: float = Field(default=0.0, ge=0)
+    max_tokens: int = Field(default=512, ge=1)
+    """Sampled tokens of one step."""
+    max_steps: int = Field(default=5, ge=1)
+    sandbox: str | None = None
+    """Where code runs: "local"."""
+    imports: tuple[str, ...] = ()
+    """Modules that code may import beside the standard ones."""
+    search_k: int = Field(default=3, ge=1)
+    """Passages that one search returns."""
+    max_seconds: float | None = None
+    """Wall-clock limit of one rollout."""
+    action_seconds: float = Field(default=10.0, gt=0)
+    """Limit of the code of one step."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds for one call of the endpoint."""
+
+
+def search_tools(passages: Sequence[Passage], k: int) -> list[Tool]:
+    """The ``search`` tool over a corpus; no tool for an empty one."""
+    if not passages:
+        return []
+    from agentkd.retrieval.bm25 import BM25Retriever
+    from agentkd.tool import load_tool
+
+    return [load_tool("search", retriever=BM25Retriever(passages), k=k)]
+
+
+def agent_factory(
+    config: AgentConfig, tools: Sequence[Tool] = (), model: Model | None = None
+) -> Callable[[Task, int], StepAgent]:
+    """A function that makes a fresh agent for ``(task, sample)``; the model is shared by all.
+
+    Args:
+        config: the settings.
+        tools: what the agents are given.
+        model: a model already at hand, instead of the endpoint.
+    """
+    from agentkd.agent import build_agent
+    from agentkd.model import openai_model
+
+    shared: Any = model
+    if shared is None:
+        assert config.api_base is not None, "an endpoint or a model is needed"
+        shared = openai_model(
+            config.model,
+            config.api_base,
+            config.api_key,
+            timeout=config.timeout,
+            temperature=config.temperature,
+            max_tokens=config.max_tokens,
+        )
+
+    def make(task: Task, sample: int) -> StepAgent:
+        return build_agent(
+            shared,
+            tools,
+            kind=config.kind,
+            prompt=config.prompt,
+            sandbox=config.sandbox,
+            imports=config.imports,
+            max_steps=config.max_steps,
+            action_timeout=config.action_seconds,
+        )
+
+    return make

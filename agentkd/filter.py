@@ -1,0 +1,157 @@
+"""Filtering: which trajectories are worth learning from, and why the others are not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from agentkd.errors import DataError
+from agentkd.record import read_trajectories, write_jsonl, write_manifest
+from agentkd.trajectory import StopReason, Trajectory
+
+__all__ = ["Dropped", "Filter", "FilterConfig", "Filtered", "Verdict", "filter_run", "standard_filters"]
+
+
+class Verdict(NamedTuple):
+    """Keep or drop, always with the reason."""
+
+    keep: bool
+    reason: str = ""
+
+
+class Filter(Protocol):
+    """Judges one trajectory."""
+
+    def __call__(self, trajectory: Trajectory) -> Verdict: ...
+
+
+class FilterConfig(BaseModel):
+    """Settings of the standard filters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_score: float = Field(default=1.0, ge=0, le=1)
+    """Lowest score that is kept."""
+    allow_parse_errors: bool = False
+    """Keep trajectories with a step that had no valid code block. Execution errors are always
+    kept: they teach recovery (arXiv 2505.17612, section 3)."""
+    per_task: int = Field(default=1, ge=1)
+    """Trajectories kept of one task; the shortest first."""
+
+
+class Dropped(BaseModel):
+    """One line of ``dropped.jsonl``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reason: str
+    trajectory: Trajectory
+
+
+class Filtered(NamedTuple):
+    """What a filter run left."""
+
+    kept: list[Trajectory]
+    dropped: list[Dropped]
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Drops by the first words of their reason."""
+        return Counter(item.reason.split(":")[0] for item in self.dropped)
+
+
+def standard_filters(config: FilterConfig) -> list[Filter]:
+    """Finished, right, and in the form that the student shall learn."""
+
+    def ended(trajectory: Trajectory) -> Verdict:
+        good = trajectory.stop_reason == StopReason.FINAL_ANSWER
+        return Verdict(good, "" if good else f"no answer: {trajectory.stop_reason.value}")
+
+    def right(trajectory: Trajectory) -> Verdict:
+        if trajectory.score is None or trajectory.score.value is None:
+            return Verdict(False, f"not scored: {trajectory.score.reason if trajectory.score else 'no score'}")
+        good = trajectory.score.value >= config.min_score
+        return Verdict(good, "" if good else f"wrong answer: {trajectory.score.value:g} < {config.min_score:g}")
+
+    def well_formed(trajectory: Trajectory) -> Verdict:
+        bad = [step for step in trajectory.steps if step.failure and step.failure.kind == "parse"]
+        if bad and not config.allow_parse_errors:
+            return Verdict(False, f"parse error: step {bad[0].number}")
+        return Verdict(True)
+
+    return [ended, right, well_formed]
+
+
+def filter_run(
+    source: Path,
+    out: Path,
+    config: FilterConfig | None = None,
+    filters: Sequence[Callable[[Trajectory], Verdict]] | None = None,
+) -> Filtered:
+    """Read ``trajectories.jsonl`` and write ``kept.jsonl``, ``dropped.jsonl``, ``manifest.json``.
+
+    Args:
+        source: the file, or the folder that holds it.
+        out: a folder.
+        config: settings of the standard filters.
+        filters: these instead of the standard ones.
+
+    Raises:
+        DataError: nothing to filter, or nothing was kept (the files are written all the same).
+    """
+    config = config or FilterConfig()
+    path = source / "trajectories.jsonl" if source.is_dir() else source
+    trajectories = read_trajectories(path)
+    if not trajectories:
+        raise DataError(f"{path} has no trajectories.", "Run agentkd collect first.")
+    result = _judge(trajectories, config, filters or standard_filters(config))
+    write_jsonl(out / "kept.jsonl", result.kept)
+    write_jsonl(out / "dropped.jsonl", result.dropped)
+    write_manifest(
+        out,
+        stage="filter",
+        config=config.model_dump(mode="json"),
+        counts={"kept": len(result.kept), "dropped": len(result.dropped), "reasons": dict(result.reasons)},
+        inputs=[path],
+        outputs=[out / "kept.jsonl", out / "dropped.jsonl"],
+    )
+    if not result.kept:
+        raise DataError(
+            f"Nothing was kept of {len(trajectories)} trajectories.",
+            f"See the reasons in {out / 'dropped.jsonl'}.",
+        )
+    return result
+
+
+def _judge(
+    trajectories: Sequence[Trajectory],
+    config: FilterConfig,
+    filters: Sequence[Callable[[Trajectory], Verdict]],
+) -> Filtered:
+    good: list[Trajectory] = []
+    dropped: list[Dropped] = []
+    for trajectory in trajectories:
+        verdict = next((v for judge in filters if not (v := judge(trajectory)).keep), Verdict(True))
+        if verdict.keep:
+            good.append(trajectory)
+        else:
+            dropped.append(Dropped(reason=verdict.reason, trajectory=trajectory))
+    return _limit_per_task(good, dropped, config.per_task)
+
+
+def _limit_per_task(good: list[Trajectory], dropped: list[Dropped], limit: int) -> Filtered:
+    """Keep the shortest of each task, in the order of the file."""
+    rank: Counter[str] = Counter()
+    chosen: set[str] = set()
+    for trajectory in sorted(good, key=lambda item: len(item.steps)):
+        rank[trajectory.task.id] += 1
+        if rank[trajectory.task.id] <= limit:
+            chosen.add(trajectory.id)
+    for trajectory in good:
+        if trajectory.id not in chosen:
+            dropped.append(Dropped(reason=f"enough: {limit} of this task kept", trajectory=trajectory))
+    return Filtered([item for item in good if item.id in chosen], dropped)

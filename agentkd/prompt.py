@@ -1,0 +1,166 @@
+"""Prompts, and the one way in which a conversation becomes chat messages.
+
+Collection, training, evaluation and serving all call :func:`chat_messages`, so a student never
+sees a conversation in another form than it was trained on.
+
+The teacher is asked with a longer prompt that carries examples; the student gets a short one,
+because a small model pays for the prompt at every step and has learnt the format by training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from agentkd.trajectory import Step, Trajectory
+
+__all__ = [
+    "COT_STUDENT",
+    "COT_TEACHER",
+    "FENCE_CLOSE",
+    "FENCE_OPEN",
+    "STUDENT",
+    "TEACHER",
+    "action_text",
+    "answer_from_cot",
+    "chat_messages",
+    "observation_text",
+    "system_prompt",
+    "trajectory_messages",
+]
+
+FENCE_OPEN = "```python"
+FENCE_CLOSE = "```"
+OBSERVATION_LIMIT = 2000
+"""Characters of an observation that the model is shown; the rest is cut with a visible mark."""
+
+STUDENT = """\
+Solve the task step by step. At each step write "Thought:" and then one ```python block. \
+What the code prints comes back as the observation. Call final_answer(value) when you know the answer.
+Tools: {tools}"""
+
+TEACHER = """\
+You are an expert who solves tasks with Python code and tools, one step at a time.
+
+At each step write one thought that restates what you are looking for and says what you do next, \
+then exactly one code block, and stop. The code runs, variables stay between steps, and what it \
+prints comes back as the observation. When you know the answer call final_answer(value) in code.
+
+You may call these functions from your code:
+{tools}
+
+You may import: {imports}.
+
+Here is an example of the form:
+
+Task: How many days lie between the founding dates of the two towns?
+Thought: I need the founding date of both towns, so I look up the first one.
+```python
+print(search("founding date of the first town"))
+```
+Observation:
+[The first town] It was founded on 3 March 1802.
+
+Never write an observation yourself. Answer with the bare value: a number, a name or a date."""
+
+COT_STUDENT = """\
+Answer the question. Think step by step, then write the last line as "Answer: <answer>"."""
+
+COT_TEACHER = """\
+Answer the question. Think step by step in plain text, without code, and then give the bare \
+answer (a number, a name or a date) on a last line of its own, as "Answer: <answer>"."""
+
+_COT_ANSWER = re.compile(r"^\s*\**(?:final )?answer\**\s*[:=]\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
+
+
+def system_prompt(template: str, tools: Iterable[Any] = (), imports: Sequence[str] = ()) -> str:
+    """Fill ``{tools}`` and ``{imports}`` in a template.
+
+    Args:
+        template: one of the constants above, or a text of your own.
+        tools: smolagents tools (``name``, ``inputs``, ``output_type``, ``description``).
+        imports: module names that the code may import.
+    """
+    short = template == STUDENT
+    described = [_describe(tool, short) for tool in tools if tool.name != "final_answer"]
+    listing = ", ".join(described) if short else "\n".join(f"- {line}" for line in described)
+    return template.replace("{tools}", listing or "none").replace("{imports}", ", ".join(imports) or "nothing")
+
+
+def _describe(tool: Any, short: bool) -> str:
+    arguments = ", ".join(tool.inputs)
+    if short:
+        return f"{tool.name}({arguments})"
+    typed = ", ".join(f"{name}: {spec['type']}" for name, spec in tool.inputs.items())
+    return f"{tool.name}({typed}) -> {tool.output_type}: {tool.description}"
+
+
+def action_text(thought: str, code: str) -> str:
+    """The canonical text of one step: thought, then one fenced block, nothing after it."""
+    return f"Thought: {thought.strip()}\n{FENCE_OPEN}\n{code.strip()}\n{FENCE_CLOSE}"
+
+
+def observation_text(printed: str, value: Any = None, error: str | None = None) -> str:
+    """What the model is shown after its action.
+
+    Args:
+        printed: what the code printed.
+        value: value of its last expression, shown when not None.
+        error: message of the exception it raised, or of the parser.
+    """
+    parts = []
+    if printed.strip():
+        parts.append(_cut(printed.rstrip()))
+    if value is not None:
+        parts.append(f"Out: {_cut(str(value))}")
+    if error is not None:
+        parts.append(f"Error: {_cut(error)}")
+    return "Observation:\n" + ("\n".join(parts) if parts else "(nothing was printed)")
+
+
+def _cut(text: str) -> str:
+    if len(text) <= OBSERVATION_LIMIT:
+        return text
+    half = OBSERVATION_LIMIT // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters cut ...]\n{text[-half:]}"
+
+
+def chat_messages(
+    system: str, question: str, turns: Sequence[tuple[str, str | None]] = ()
+) -> list[dict[str, str]]:
+    """A conversation as chat messages: system, user, then assistant and user in turn.
+
+    Args:
+        system: the system prompt.
+        question: the task, verbatim.
+        turns: ``(assistant text, observation)`` of each step so far; the observation of the
+            last one may be None.
+    """
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    for output, observation in turns:
+        messages.append({"role": "assistant", "content": output})
+        if observation is not None:
+            messages.append({"role": "user", "content": observation})
+    return messages
+
+
+def trajectory_messages(
+    trajectory: Trajectory, system: str | None = None, steps: Sequence[Step] | None = None
+) -> list[dict[str, str]]:
+    """The whole conversation of a trajectory.
+
+    Args:
+        trajectory: the record.
+        system: another system prompt than the recorded one (the student's, for training).
+        steps: these steps instead of all.
+    """
+    chosen = trajectory.steps if steps is None else steps
+    turns = [(step.output, step.observation) for step in chosen]
+    return chat_messages(system or trajectory.system_prompt, trajectory.task.question, turns)
+
+
+def answer_from_cot(text: str) -> str | None:
+    """The answer on the last "Answer:" line of a chain of thought, or None."""
+    found = _COT_ANSWER.findall(text)
+    return found[-1].strip().strip("*").rstrip(".") if found else None

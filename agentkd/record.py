@@ -1,0 +1,257 @@
+"""Records on disk: JSON Lines in, JSON Lines out, nothing lost.
+
+Whole files are written under a temporary name and renamed. Append-only files are written one
+complete line at a time and repaired when they are opened: a line torn by a crash is cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from agentkd.errors import ConfigError, DataError, boundary
+from agentkd.task import Task
+from agentkd.trajectory import Trajectory
+
+__all__ = [
+    "AppendLog",
+    "file_hash",
+    "iter_jsonl",
+    "load_tasks",
+    "provenance",
+    "read_json",
+    "read_trajectories",
+    "write_json",
+    "write_jsonl",
+    "write_manifest",
+]
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def iter_jsonl(path: Path, model: type[R], *, skip_torn: bool = False) -> Iterator[R]:
+    """Read records one by one.
+
+    Args:
+        path: a JSON Lines file, UTF-8.
+        model: what a line is.
+        skip_torn: pass over a last line that has no line end (a crash cut it off).
+
+    Raises:
+        DataError: no such file, not UTF-8, or a line that is not a ``model``; names the line.
+    """
+    if not path.is_file():
+        raise DataError(f"There is no file {path}.", "Check the path, or run the stage that writes it first.")
+    with boundary(DataError, f"reading {path}"), path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if skip_torn and not raw.endswith(b"\n"):
+                return
+            if raw.strip():
+                yield _parse(path, number, raw, model)
+
+
+def _parse(path: Path, number: int, raw: bytes, model: type[R]) -> R:
+    try:
+        return model.model_validate_json(raw.decode("utf-8"))
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{path}, line {number}: not UTF-8 ({exc.reason}).", "Save the file as UTF-8.") from exc
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = f"{where}: {first['msg']}" if where else first["msg"]
+        raise DataError(
+            f"{path}, line {number}: {what}.",
+            f"Each line must be one JSON object that is a {model.__name__}.",
+        ) from exc
+
+
+def load_tasks(path: Path) -> list[Task]:
+    """Read ``tasks.jsonl``.
+
+    Raises:
+        DataError: malformed (the line is named), empty, or an id stands there twice.
+    """
+    tasks = list(iter_jsonl(path, Task))
+    if not tasks:
+        raise DataError(f"{path} has no tasks.", 'Write one JSON object a line: {"id", "question", "answer"}.')
+    seen: set[str] = set()
+    for task in tasks:
+        if task.id in seen:
+            raise DataError(f"{path}: the task id {task.id!r} stands there twice.", "Make the ids unique.")
+        seen.add(task.id)
+    return tasks
+
+
+def read_trajectories(path: Path) -> list[Trajectory]:
+    """Read ``trajectories.jsonl``; a torn last line is passed over. See :func:`iter_jsonl`."""
+    return list(iter_jsonl(path, Trajectory, skip_torn=True))
+
+
+def write_jsonl(path: Path, records: Iterable[BaseModel]) -> int:
+    """Write all records at once, atomically; returns how many."""
+    count = 0
+    with boundary(DataError, f"writing {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            for record in records:
+                file.write(record.model_dump_json() + "\n")
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    return count
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document atomically."""
+    with boundary(DataError, f"writing {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON document.
+
+    Raises:
+        DataError: missing or malformed.
+    """
+    if not path.is_file():
+        raise DataError(f"There is no file {path}.", "Check the path, or run the stage that writes it first.")
+    with boundary(DataError, f"reading {path}"):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+class AppendLog:
+    """An append-only JSON Lines file with one writer.
+
+    On opening, a torn last line is cut off, and the file is locked so that a second writer is
+    refused; the lock goes with its process.
+
+    Raises:
+        ConfigError: another process is writing the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import fcntl
+
+        self.path = path
+        with boundary(DataError, f"opening {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab+")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.close()
+                raise ConfigError(
+                    f"Another process is writing {path}.", "Wait for it, stop it, or choose another --out."
+                ) from None
+            self._repair()
+
+    def _repair(self) -> None:
+        size = self._file.seek(0, os.SEEK_END)
+        end = size
+        while end > 0:
+            start = max(0, end - 65536)
+            self._file.seek(start)
+            block = self._file.read(end - start)
+            newline = block.rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end != size:
+            self._file.truncate(end)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, record: BaseModel) -> None:
+        """Write one record durably. Call it from one thread at a time."""
+        with boundary(DataError, f"writing {self.path}"):
+            self._file.write(record.model_dump_json().encode("utf-8") + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with boundary(DataError, f"reading {path}"), path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(
+    folder: Path, *, stage: str, config: dict[str, Any], counts: dict[str, Any], inputs: Iterable[Path] = (),
+    outputs: Iterable[Path] = (),
+) -> None:
+    """Close a run folder: ``manifest.json``, written last.
+
+    Args:
+        folder: the run folder.
+        stage: "collect", "filter", ...
+        config: the resolved settings.
+        counts: what came out.
+        inputs, outputs: files whose SHA-256 is recorded.
+    """
+    write_json(
+        folder / "manifest.json",
+        {
+            "schema_version": 1,
+            "stage": stage,
+            "config": config,
+            "counts": counts,
+            "inputs": {str(path): file_hash(path) for path in inputs},
+            "outputs": {path.name: file_hash(path) for path in outputs},
+            **provenance(),
+        },
+    )
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Versions of everything that matters, and the git commit where there is one."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("agentkd", "smolagents", "openai", "torch", "transformers", "peft", "vllm"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,213 @@
+"""A trajectory: the versioned record of one rollout, step by step.
+
+A failed rollout is a trajectory with a :class:`StopReason`, never a lost row or a crash. One
+trajectory is one JSON line; its JSON Schema is published in ``docs/trajectory.schema.json``.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from agentkd.task import Task
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Candidate",
+    "Failure",
+    "Score",
+    "Step",
+    "StopReason",
+    "ToolUse",
+    "Trajectory",
+    "Usage",
+]
+
+SCHEMA_VERSION = 1
+"""Version of the trajectory record; older versions stay readable."""
+
+
+class StopReason(StrEnum):
+    """Why a rollout ended."""
+
+    FINAL_ANSWER = "final_answer"
+    """The agent gave an answer (right or wrong)."""
+    MAX_STEPS = "max_steps"
+    """The step limit was reached without an answer."""
+    OUTPUT_LIMIT = "output_limit"
+    """A chain of thought was cut off by its token limit before it answered."""
+    CONTEXT_OVERFLOW = "context_overflow"
+    """The conversation no longer fitted the model's context."""
+    TIMEOUT = "timeout"
+    """The time limit of the whole rollout was reached."""
+    CANCELLED = "cancelled"
+    """The user or the caller stopped it."""
+    PROVIDER_ERROR = "provider_error"
+    """The model endpoint failed; the rollout is retried on resume."""
+    SANDBOX_ERROR = "sandbox_error"
+    """The sandbox itself failed (not the code in it); retried on resume."""
+    RETRIEVAL_ERROR = "retrieval_error"
+    """A tool's index or retriever failed; retried on resume."""
+    INTERNAL_ERROR = "internal_error"
+    """A defect of agentkd or of a plug-in; retried on resume."""
+
+    @property
+    def is_error(self) -> bool:
+        """True for the ends that say nothing about the model, and are therefore retried."""
+        return self in _ERRORS
+
+
+_ERRORS = frozenset(
+    {
+        StopReason.CANCELLED,
+        StopReason.PROVIDER_ERROR,
+        StopReason.SANDBOX_ERROR,
+        StopReason.RETRIEVAL_ERROR,
+        StopReason.INTERNAL_ERROR,
+    }
+)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Usage(_Record):
+    """Token counts as the server reported them."""
+
+    input_tokens: int = 0
+    """Prompt tokens."""
+    output_tokens: int = 0
+    """Sampled tokens."""
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+        )
+
+
+class Failure(_Record):
+    """Something that went wrong, and on whose side."""
+
+    kind: Literal["parse", "execution", "timeout", "provider", "sandbox", "retrieval", "internal"]
+    """"parse", "execution" and "timeout" are the model's mistakes, the others are not."""
+    message: str
+
+
+class Score(_Record):
+    """What a scorer said about one answer. An error is an error, never a correct answer."""
+
+    value: float | None
+    """0 to 1; None when the answer could not be scored."""
+    scorer: str
+    reason: str = ""
+    """Why it could not be scored, or what was compared."""
+
+    @property
+    def correct(self) -> bool:
+        """True for a full score."""
+        return self.value is not None and self.value >= 1.0
+
+
+class ToolUse(_Record):
+    """One call of a tool made by the code of a step."""
+
+    name: str
+    arguments: dict[str, Any]
+    result: str | None = None
+    """What the code got back, as text; None when the call failed."""
+    error: str | None = None
+    seconds: float = 0.0
+    """Wall-clock seconds."""
+
+
+class Candidate(_Record):
+    """One sampled action of a step, whether it was chosen or not."""
+
+    raw: str
+    code: str | None = None
+    outcome: str | None = None
+    """Normalised outcome that was voted on; None when it failed."""
+    failure: Failure | None = None
+    votes: int = 0
+    chosen: bool = False
+    usage: Usage = Usage()
+    mean_logprob: float | None = None
+    output_token_ids: tuple[int, ...] | None = None
+
+
+class Step(_Record):
+    """Thought, action, observation: one turn of the model and what came of it."""
+
+    number: int
+    """1 for the first step."""
+    actor: str
+    """Who acted: the model's id."""
+    raw: str
+    """The text as the model emitted it."""
+    output: str
+    """The text that stands in the conversation (``raw`` after ``repairs``)."""
+    repairs: tuple[str, ...] = ()
+    """What was mended between ``raw`` and ``output``, by name."""
+    thought: str = ""
+    code: str | None = None
+    observation: str | None = None
+    """What the model saw next, verbatim; None after the last step."""
+    failure: Failure | None = None
+    is_final: bool = False
+    tool_uses: tuple[ToolUse, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    usage: Usage = Usage()
+    finish_reason: str | None = None
+    """As the server said: "stop", "length"."""
+    prompt_token_ids: tuple[int, ...] | None = None
+    """Where the server returns them."""
+    output_token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    """Log-probability (nats) of each output token."""
+    model_seconds: float = 0.0
+    """Wall-clock seconds spent waiting for the model."""
+    code_seconds: float = 0.0
+    """Wall-clock seconds spent running the code."""
+
+
+class Trajectory(_Record):
+    """The record of one rollout."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: str
+    """``{task id}#{sample}``: unique within a run."""
+    task: Task
+    kind: Literal["agent", "cot"] = "agent"
+    """"agent" acts in code; "cot" answers once by chain of thought, without tools."""
+    sample: int = 0
+    model: str
+    system_prompt: str
+    tools: tuple[str, ...] = ()
+    """Each tool's schema as a JSON string (a string, so that Arrow adds no null fields)."""
+    steps: tuple[Step, ...] = ()
+    answer: str | None = None
+    stop_reason: StopReason
+    failure: Failure | None = None
+    """Why it stopped, when that was an error."""
+    score: Score | None = None
+    usage: Usage = Usage()
+    seconds: float = 0.0
+    """Wall-clock seconds of the whole rollout."""
+    started_at: str = ""
+    """UTC, ISO 8601."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The resolved settings that made it."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    commit: str | None = None
+    """Git commit of agentkd, where it is run from a checkout."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Free labels, such as ``{"teacher": "offline expert (programmatic)"}``."""
+
+    @property
+    def correct(self) -> bool:
+        """True when the answer was scored and is right."""
+        return self.score is not None and self.score.correct
