@@ -122,7 +122,10 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
         ConfigError: ``successes`` is not between 0 and ``n``, or ``z`` is negative.
     """
     if not 0 <= successes <= n or z < 0:
-        raise ConfigError(f"No proportion: {successes} of {n} (z = {z}).", "Give 0 <= successes <= n and z >= 0.")
+        raise ConfigError(
+            f"{successes} of {n} is no proportion, or z = {z} is negative.",
+            "Give 0 <= successes <= n and z >= 0.",
+        )
     return _wilson(successes / n, n, z) if n else (0.0, 1.0)
 
 
@@ -167,7 +170,7 @@ def summarise(
         families[run.task.family].append(run)
         levels[run.task.family][run.task.level].append(run)
     pooled = {
-        name: [run for run in runs if run.task.family in set(members)] for name, members in (groups or {}).items()
+        name: [run for run in runs if run.task.family in members] for name, members in (groups or {}).items()
     }
     return SystemResult(
         label=label,
@@ -195,7 +198,7 @@ def _cell(runs: Sequence[Trajectory]) -> Cell:
         low=low,
         high=high,
         errors=len(runs) - n,
-        unscored=sum(run.answer is not None and (run.score is None or run.score.value is None) for run in valid),
+        unscored=sum(_ungraded(run) for run in valid),
         tokens_per_task=_mean([run.usage.input_tokens + run.usage.output_tokens for run in valid]),
         output_tokens_per_task=_mean([run.usage.output_tokens for run in valid]),
         seconds_per_task=statistics.median(run.seconds for run in valid) if valid else None,
@@ -204,6 +207,10 @@ def _cell(runs: Sequence[Trajectory]) -> Cell:
         stop_reasons=_counted(run.stop_reason.value for run in runs),
         failures=_counted(kind for run in runs for kind in _failure_kinds(run)),
     )
+
+
+def _ungraded(run: Trajectory) -> bool:
+    return run.answer is not None and (run.score is None or run.score.value is None)
 
 
 def _failure_kinds(run: Trajectory) -> list[str]:

@@ -1,0 +1,119 @@
+"""For tests: a scripted model, and a fake endpoint that is a real HTTP server.
+
+Public, so that users can test their tools, filters and scorers without a model. Used by tests
+and examples only.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+
+from smolagents.models import ChatMessage, MessageRole, Model
+from smolagents.monitoring import TokenUsage
+
+__all__ = ["FakeEndpoint", "ScriptedModel"]
+
+Reply = str | tuple[int, bytes]
+
+
+class ScriptedModel(Model):
+    """A smolagents model that says the given texts one after another.
+
+    Args:
+        outputs: texts; running out of them is an error.
+
+    Attributes:
+        seen: the conversations it was asked to continue.
+    """
+
+    def __init__(self, outputs: Sequence[str], model_id: str = "scripted") -> None:
+        super().__init__(model_id=model_id)
+        self.outputs = list(outputs)
+        self.seen: list[list[Any]] = []
+
+    def generate(self, messages: list[Any], **options: Any) -> ChatMessage:
+        self.seen.append(messages)
+        return ChatMessage(
+            role=MessageRole.ASSISTANT,
+            content=self.outputs.pop(0),
+            token_usage=TokenUsage(input_tokens=10, output_tokens=5),
+        )
+
+
+class FakeEndpoint:
+    """An OpenAI-compatible chat endpoint on a free loopback port, for as long as the block lasts.
+
+    Args:
+        reply: from the messages of a request to a text, or to ``(status, body)`` for a fault.
+
+    Attributes:
+        url: ends in ``/v1``.
+        requests: the bodies it received.
+    """
+
+    def __init__(self, reply: Callable[[list[dict[str, Any]]], Reply], model_id: str = "fake") -> None:
+        self.requests: list[dict[str, Any]] = []
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                endpoint.requests.append(body)
+                answer = reply(body["messages"])
+                if isinstance(answer, str):
+                    self._send(200, json.dumps(_completion(answer, body, model_id)).encode())
+                else:
+                    self._send(*answer)
+
+            def _send(self, status: int, data: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _completion(text: str, body: dict[str, Any], model_id: str) -> dict[str, Any]:
+    n = body.get("n") or 1
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    words = sum(len(str(message["content"]).split()) for message in body["messages"])
+    return {
+        "id": "chatcmpl-fake",
+        "object": "chat.completion",
+        "created": 0,
+        "model": body.get("model", model_id),
+        "choices": [{"index": index, **choice} for index in range(n)],
+        "usage": {
+            "prompt_tokens": words,
+            "completion_tokens": n * len(text.split()),
+            "total_tokens": words + n * len(text.split()),
+        },
+    }

@@ -1,0 +1,18 @@
+"""Shared by all tests: what a step looks like, and a guard against real model calls."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_real_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test can reach a paid endpoint or a hub by accident."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def action(thought: str, code: str) -> str:
+    """A well-formed step."""
+    return f"Thought: {thought}\n```python\n{code}\n```"
