@@ -1,7 +1,8 @@
 """agentkd: distil a tool-using LLM agent into a small model, and serve it.
 
 The names below are the public surface. They are imported when first used, so that
-``import agentkd`` is quick and needs none of the extras.
+``import agentkd`` is quick and needs none of the extras. What has the name of its module is imported
+from there: ``from agentkd.rollout import rollout``, ``from agentkd.distill import distill``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agentkd.agent import StepAgent, build_agent
-    from agentkd.distill import distill
     from agentkd.engine.student import Student, load_student
     from agentkd.model import openai_model
     from agentkd.record import load_tasks, read_trajectories
     from agentkd.retrieval import Passage, Retriever
     from agentkd.retrieval.bm25 import BM25Retriever
-    from agentkd.rollout import rollout, run_rollouts
+    from agentkd.rollout import run_rollouts
     from agentkd.scorer import score
     from agentkd.task import Task
     from agentkd.taskset import Taskset, load_taskset
@@ -38,7 +38,6 @@ _WHERE = {
     "Taskset": "agentkd.taskset",
     "Trajectory": "agentkd.trajectory",
     "build_agent": "agentkd.agent",
-    "distill": "agentkd.distill",
     "load_student": "agentkd.engine.student",
     "load_taskset": "agentkd.taskset",
     "load_tasks": "agentkd.record",
@@ -46,7 +45,6 @@ _WHERE = {
     "mcp_tools": "agentkd.tool",
     "openai_model": "agentkd.model",
     "read_trajectories": "agentkd.record",
-    "rollout": "agentkd.rollout",
     "run_rollouts": "agentkd.rollout",
     "score": "agentkd.scorer",
 }
@@ -64,7 +62,6 @@ __all__ = [
     "Trajectory",
     "__version__",
     "build_agent",
-    "distill",
     "load_student",
     "load_taskset",
     "load_tasks",
@@ -72,7 +69,6 @@ __all__ = [
     "mcp_tools",
     "openai_model",
     "read_trajectories",
-    "rollout",
     "run_rollouts",
     "score",
 ]

@@ -149,7 +149,9 @@ class StepAgent(CodeAgent):
             actor=str(getattr(self.model, "model_id", None) or type(self.model).__name__),
             raw=raw,
             output=raw.strip(),
-            usage=Usage(input_tokens=used.input_tokens, output_tokens=used.output_tokens) if used else Usage(),
+            usage=Usage(input_tokens=used.input_tokens, output_tokens=used.output_tokens)
+            if used
+            else Usage(),
             finish_reason=getattr(choice, "finish_reason", None),
             prompt_token_ids=_ids(response, "prompt_token_ids"),
             output_token_ids=_ids(choice, "token_ids"),
@@ -196,7 +198,9 @@ class StepAgent(CodeAgent):
             result = self.sandbox(parsed.code)
         except CodeFailure as exc:
             step = self._ran(step, began)
-            self._fail(memory_step, step, "timeout" if exc.timed_out else "execution", exc.message, exc.printed)
+            self._fail(
+                memory_step, step, "timeout" if exc.timed_out else "execution", exc.message, exc.printed
+            )
             raise AgentExecutionError(exc.message, self.logger) from exc
         step = self._ran(step, began)
         final = result.is_final_answer

@@ -142,9 +142,13 @@ def _teacher(
     "--tasks tasks.jsonl --corpus passages.jsonl --sandbox local --out runs/mine`"
 )
 def collect(
-    tasks: Annotated[str, typer.Option(help='Taskset: "gym:products+almanac:hops=2", a JSONL file, "hf:NAME".')],
+    tasks: Annotated[
+        str, typer.Option(help='Taskset: "gym:products+almanac:hops=2", a JSONL file, "hf:NAME".')
+    ],
     out: Out,
-    n: Annotated[int | None, typer.Option(min=1, help="Number of tasks; all of a finite set by default.")] = None,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Number of tasks; all of a finite set by default.")
+    ] = None,
     split: Annotated[str, typer.Option(help='"train" or "test".')] = "train",
     api_base: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint, ending in /v1.")] = None,
     model: Annotated[str | None, typer.Option(help="Model id, as the endpoint lists it.")] = None,
@@ -152,8 +156,12 @@ def collect(
         str | None, typer.Option(envvar="OPENAI_API_KEY", help="Bearer token; never written to files.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help='"expert": the built-in offline teacher.')] = None,
-    error_rate: Annotated[float, typer.Option(min=0, max=1, help="How often the offline teacher errs.")] = 0.1,
-    kind: Annotated[str, typer.Option(help='"agent" (code and tools) or "cot" (chain of thought).')] = "agent",
+    error_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="How often the offline teacher errs.")
+    ] = 0.1,
+    kind: Annotated[
+        str, typer.Option(help='"agent" (code and tools) or "cot" (chain of thought).')
+    ] = "agent",
     sandbox: Sandbox = None,
     corpus: Annotated[Path | None, typer.Option(help="Passages (JSONL) for the search tool.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Rollouts of each task.")] = 1,
@@ -196,13 +204,20 @@ def collect(
         with _rollout_progress("collect", as_json) as show:
             done = run(config, out, show)
     correct = sum(item.correct for item in done.trajectories)
-    figures = {"out": str(out), "finished": len(done.trajectories), "correct": correct, "missing": done.missing}
+    figures = {
+        "out": str(out),
+        "finished": len(done.trajectories),
+        "correct": correct,
+        "missing": done.missing,
+    }
     if as_json:
         _print_json(figures)
     else:
         print(f"{len(done.trajectories)} trajectories, {correct} correct, in {out / 'trajectories.jsonl'}")
         if done.missing:
-            print(f"{done.missing} rollouts ended by errors (see {out / 'errors.jsonl'}); run again to retry.")
+            print(
+                f"{done.missing} rollouts ended by errors (see {out / 'errors.jsonl'}); run again to retry."
+            )
         print(f"Next: agentkd filter {out} --out {out / 'kept'}")
 
 
@@ -376,11 +391,17 @@ def serve(
     serve_student(Path(what), host=host, port=port)
 
 
-@app.command(epilog="Examples:\n\n`agentkd quickstart --out demo`\n\n`agentkd quickstart --full --out demo-full`")
+@app.command(
+    epilog="Examples:\n\n`agentkd quickstart --out demo`\n\n`agentkd quickstart --full --out demo-full`"
+)
 def quickstart(
     out: Out = Path("demo"),
-    full: Annotated[bool, typer.Option("--full", help="n >= 400 and a longer CoT baseline; an hour or more.")] = False,
-    tiny: Annotated[bool, typer.Option("--tiny", help="A minute at toy size: shows the loop, not the result.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="n >= 400 and a longer CoT baseline; an hour or more.")
+    ] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A minute at toy size: shows the loop, not the result.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the folder first.")] = False,
     as_json: Json = False,
 ) -> None:

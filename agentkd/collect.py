@@ -72,7 +72,9 @@ def collect(
         ProviderError: the endpoint is dead or keeps failing; finished work is kept.
     """
     if config.agent.api_base is None:
-        raise ConfigError("No endpoint was given.", "Pass --api-base http://HOST:PORT/v1, or --teacher expert.")
+        raise ConfigError(
+            "No endpoint was given.", "Pass --api-base http://HOST:PORT/v1, or --teacher expert."
+        )
     if config.agent.kind == "agent" and config.agent.sandbox is None:
         from agentkd.sandbox import open_sandbox
 
@@ -145,7 +147,9 @@ def _same_agent(out: Path, config: CollectConfig) -> None:
     settings["agent"].pop("timeout")
     if path.is_file():
         theirs = read_json(path)
-        changed = sorted(key for key in settings["agent"] if theirs["agent"].get(key) != settings["agent"][key])
+        changed = sorted(
+            key for key in settings["agent"] if theirs["agent"].get(key) != settings["agent"][key]
+        )
         if changed:
             raise ConfigError(
                 f"{out} was begun with other settings of the agent ({', '.join(changed)}).",

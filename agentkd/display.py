@@ -65,7 +65,9 @@ class Display:
 
     def rollouts(self, progress: Any) -> None:
         """For ``on_progress`` of rollouts."""
-        self._update(progress.done, progress.total, f"{progress.done}/{progress.total}, {progress.correct} correct")
+        self._update(
+            progress.done, progress.total, f"{progress.done}/{progress.total}, {progress.correct} correct"
+        )
 
     def training(self, step: int, steps: int, loss: float) -> None:
         """For ``on_progress`` of training."""

@@ -73,9 +73,13 @@ def standard_filters(config: FilterConfig) -> list[Filter]:
 
     def right(trajectory: Trajectory) -> Verdict:
         if trajectory.score is None or trajectory.score.value is None:
-            return Verdict(False, f"not scored: {trajectory.score.reason if trajectory.score else 'no score'}")
+            return Verdict(
+                False, f"not scored: {trajectory.score.reason if trajectory.score else 'no score'}"
+            )
         good = trajectory.score.value >= config.min_score
-        return Verdict(good, "" if good else f"wrong answer: {trajectory.score.value:g} < {config.min_score:g}")
+        return Verdict(
+            good, "" if good else f"wrong answer: {trajectory.score.value:g} < {config.min_score:g}"
+        )
 
     def well_formed(trajectory: Trajectory) -> Verdict:
         bad = [step for step in trajectory.steps if step.failure and step.failure.kind == "parse"]

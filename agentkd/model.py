@@ -65,10 +65,14 @@ def provider_error(exc: Exception) -> AgentkdError:
     if isinstance(exc, (openai.AuthenticationError, openai.PermissionDeniedError)):
         return ProviderError("The endpoint refused the key.", "Set --api-key or OPENAI_API_KEY.")
     if isinstance(exc, openai.NotFoundError):
-        return ProviderError(f"The endpoint does not know this model or path: {text}", "Check --model, --api-base.")
+        return ProviderError(
+            f"The endpoint does not know this model or path: {text}", "Check --model, --api-base."
+        )
     if isinstance(exc, openai.APIStatusError):
         return ProviderError(f"The endpoint answered with status {exc.status_code}: {text[:300]}")
-    return ProviderError(f"The endpoint's answer is not a chat completion ({type(exc).__name__}: {text[:300]}).")
+    return ProviderError(
+        f"The endpoint's answer is not a chat completion ({type(exc).__name__}: {text[:300]})."
+    )
 
 
 def check_endpoint(api_base: str, model_id: str, api_key: str | None = None) -> None:

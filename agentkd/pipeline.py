@@ -57,7 +57,9 @@ class _Data(NamedTuple):
     folder: Path
 
 
-def quickstart(out: Path, *, size: Literal["tiny", "demo", "full"], fresh: bool, quiet: bool) -> dict[str, Any]:
+def quickstart(
+    out: Path, *, size: Literal["tiny", "demo", "full"], fresh: bool, quiet: bool
+) -> dict[str, Any]:
     """The quick start, see :func:`agentkd.recipe.quickstart_recipe`."""
     if fresh and out.exists():
         if not (out / "recipe.json").is_file():
@@ -97,7 +99,11 @@ def run_recipe(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, A
     results = [result for result, _ in runs.values()]
     if not quiet:
         show.finish(comparison_table(results), recipe.notes, page, _next_steps(recipe, out), began)
-    return {"report": str(page), "seconds": time.monotonic() - began, **read_json(page.parent / "report.json")}
+    return {
+        "report": str(page),
+        "seconds": time.monotonic() - began,
+        **read_json(page.parent / "report.json"),
+    }
 
 
 def _claim(recipe: Recipe, out: Path) -> None:
@@ -180,7 +186,9 @@ def _teach(recipe: Recipe, out: Path, train: _Data, show: Display) -> dict[str, 
             show.stage(f"collect ({kind})")
             config = _collect_config(recipe, train, kind, url, model, labels)
             done = collect(config, out / f"collect-{kind}", show.rollouts)
-            show.done(f"{len(done.trajectories)} trajectories, {sum(t.correct for t in done.trajectories)} correct")
+            show.done(
+                f"{len(done.trajectories)} trajectories, {sum(t.correct for t in done.trajectories)} correct"
+            )
             show.stage(f"filter ({kind})")
             kept[kind] = filter_run(done.folder, out / f"kept-{kind}", recipe.filter)
             show.done(f"{len(kept[kind].kept)} kept, {len(kept[kind].dropped)} dropped")
@@ -336,16 +344,14 @@ def _report(
         title=recipe.title,
         results=[result for result, _ in runs.values()],
         differences=differences,
-        extras={
-            "collection": {kind: _collection(out, kind, filtered) for kind, filtered in kept.items()},
-            "losses": {name: _losses(_folder(out, name)) for name in recipe.students},
-            "config": recipe.model_dump(mode="json"),
-            "versions": provenance()["versions"],
-            "notes": [*recipe.notes, _overlap(train.tasks, test.tasks)],
-            "served": served,
-            "next_steps": _next_steps(recipe, out),
-            "examples": _examples(runs[best][1]),
-        },
+        collection={kind: _collection(out, kind, filtered) for kind, filtered in kept.items()},
+        losses={name: _losses(_folder(out, name)) for name in recipe.students},
+        config=recipe.model_dump(mode="json"),
+        versions=provenance()["versions"],
+        notes=[*recipe.notes, _overlap(train.tasks, test.tasks)],
+        served=served,
+        next_steps=_next_steps(recipe, out),
+        examples=_examples(runs[best][1]),
     )
 
 
@@ -440,7 +446,6 @@ def evaluate_command(
     result, _ = run_evaluation(
         label, taskset.tasks, source, out, passages=passages, workers=workers, on_progress=on_progress
     )
-    write_json(out / "result.json", result.model_dump(mode="json"))
     return result, comparison_table([result])
 
 

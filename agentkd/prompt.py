@@ -85,7 +85,9 @@ def system_prompt(template: str, tools: Iterable[Any] = (), imports: Sequence[st
     short = template == STUDENT
     described = [_describe(tool, short) for tool in tools if tool.name != "final_answer"]
     listing = ", ".join(described) if short else "\n".join(f"- {line}" for line in described)
-    return template.replace("{tools}", listing or "none").replace("{imports}", ", ".join(imports) or "nothing")
+    return template.replace("{tools}", listing or "none").replace(
+        "{imports}", ", ".join(imports) or "nothing"
+    )
 
 
 def _describe(tool: Any, short: bool) -> str:

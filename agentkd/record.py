@@ -65,7 +65,9 @@ def _parse(path: Path, number: int, raw: bytes, model: type[R]) -> R:
     try:
         return model.model_validate_json(raw.decode("utf-8"))
     except UnicodeDecodeError as exc:
-        raise DataError(f"{path}, line {number}: not UTF-8 ({exc.reason}).", "Save the file as UTF-8.") from exc
+        raise DataError(
+            f"{path}, line {number}: not UTF-8 ({exc.reason}).", "Save the file as UTF-8."
+        ) from exc
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -84,7 +86,9 @@ def load_tasks(path: Path) -> list[Task]:
     """
     tasks = list(iter_jsonl(path, Task))
     if not tasks:
-        raise DataError(f"{path} has no tasks.", 'Write one JSON object a line: {"id", "question", "answer"}.')
+        raise DataError(
+            f"{path} has no tasks.", 'Write one JSON object a line: {"id", "question", "answer"}.'
+        )
     seen: set[str] = set()
     for task in tasks:
         if task.id in seen:
@@ -206,7 +210,12 @@ def file_hash(path: Path) -> str:
 
 
 def write_manifest(
-    folder: Path, *, stage: str, config: dict[str, Any], counts: dict[str, Any], inputs: Iterable[Path] = (),
+    folder: Path,
+    *,
+    stage: str,
+    config: dict[str, Any],
+    counts: dict[str, Any],
+    inputs: Iterable[Path] = (),
     outputs: Iterable[Path] = (),
 ) -> None:
     """Close a run folder: ``manifest.json``, written last.
@@ -250,7 +259,11 @@ def _commit() -> str | None:
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -24,7 +24,7 @@ from agentkd.trajectory import Failure, StopReason, Trajectory, Usage
 if TYPE_CHECKING:
     from agentkd.agent import StepAgent
 
-__all__ = ["Progress", "rollout", "run_rollouts"]
+__all__ = ["Progress", "finished_rollouts", "rollout", "run_rollouts"]
 
 GIVE_UP_AFTER = 10
 """Provider errors in a row, with nothing finished in between, before a run is given up."""
@@ -97,7 +97,11 @@ def _run(agent: StepAgent, task: Task) -> tuple[str | None, StopReason, Failure 
     except Exception as exc:
         if isinstance(exc, AgentError) and agent.interrupt_switch:
             return None, StopReason.CANCELLED, None
-        return None, StopReason.INTERNAL_ERROR, Failure(kind="internal", message=f"{type(exc).__name__}: {exc}")
+        return (
+            None,
+            StopReason.INTERNAL_ERROR,
+            Failure(kind="internal", message=f"{type(exc).__name__}: {exc}"),
+        )
     text = None if answer is None else str(answer)
     last = agent.records[-1] if agent.records else None
     if last is not None and last.is_final:
@@ -109,6 +113,11 @@ def _run(agent: StepAgent, task: Task) -> tuple[str | None, StopReason, Failure 
 
 def _cut_off(last: Any) -> bool:
     return last is not None and last.finish_reason == "length"
+
+
+def finished_rollouts(log: Path) -> dict[str, Trajectory]:
+    """What stands in an append-only file already, by id; empty when there is none."""
+    return {item.id: item for item in read_trajectories(log)} if log.is_file() else {}
 
 
 class Progress(NamedTuple):
@@ -168,7 +177,7 @@ def run_rollouts(
     """
     runner = _Runner(make_agent, workers, attempts, max_seconds, config, labels)
     with AppendLog(out) as log:
-        finished = {item.id: item for item in read_trajectories(out)}
+        finished = finished_rollouts(out)
         wanted = [_Work(task, sample, 1) for task in tasks for sample in range(samples)]
         kept = [finished[work.id] for work in wanted if work.id in finished]
         todo = [work for work in wanted if work.id not in finished]
@@ -190,7 +199,9 @@ def run_rollouts(
                 on_progress(progress)
         _note_errors(out.with_name("errors.jsonl"), failed)
     if failed and progress.done == 0:
-        raise ProviderError(f"No rollout finished; the last error: {failed[-1].failure and failed[-1].failure.message}")
+        raise ProviderError(
+            f"No rollout finished; the last error: {failed[-1].failure and failed[-1].failure.message}"
+        )
     return [finished[work.id] for work in wanted if work.id in finished]
 
 

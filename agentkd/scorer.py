@@ -76,11 +76,10 @@ def to_number(text: str) -> Fraction | None:
 
 
 def _exact(answer: str, gold: str) -> Score:
-    same = normalise(answer) == normalise(gold)
-    if not same:
-        left, right = to_number(answer), to_number(gold)
-        same = left is not None and left == right
-    return Score(value=float(same), scorer="exact")
+    wanted = to_number(gold)
+    if wanted is not None:  # the normalisation below would drop a sign or a decimal point
+        return Score(value=float(to_number(answer) == wanted), scorer="exact")
+    return Score(value=float(normalise(answer) == normalise(gold)), scorer="exact")
 
 
 def _numeric(answer: str, gold: str) -> Score:

@@ -57,7 +57,9 @@ def open_system(
         imports = tuple(student.imports)
     else:
         if kind is None:
-            raise ConfigError(f"{what} is no student folder, so it has no kind.", "Pass --kind agent or --kind cot.")
+            raise ConfigError(
+                f"{what} is no student folder, so it has no kind.", "Pass --kind agent or --kind cot."
+            )
         prompt = prompts.STUDENT if kind == "agent" else prompts.COT_STUDENT
         max_steps, imports = 5, ()
     if kind == "agent" and sandbox is None:

@@ -48,7 +48,9 @@ def load_tool(name_or_path: str | Path, **arguments: Any) -> Tool:
     path = _tool_file(name_or_path)
     found = _tool_classes(path)
     if len(found) != 1:
-        raise ConfigError(f"{path} defines {len(found)} Tool classes.", "A tool file must define exactly one.")
+        raise ConfigError(
+            f"{path} defines {len(found)} Tool classes.", "A tool file must define exactly one."
+        )
     with boundary(ConfigError, f"creating the tool in {path}"):
         return found[0](**arguments)
 

@@ -177,7 +177,7 @@ class Step(_Record):
 class Trajectory(_Record):
     """The record of one rollout."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     id: str
     """``{task id}#{sample}``: unique within a run."""
     task: Task

@@ -7,13 +7,12 @@ without plots and says how to get them.
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agentkd.errors import DataError, boundary
-from agentkd.record import write_json
+from agentkd.errors import StorageError, boundary
 from agentkd.report.content import Collection, Content, ResultLike, plain
 from agentkd.report.markdown import render_markdown
 from agentkd.report.page import render_page
@@ -44,8 +43,9 @@ def write_report(
         title: heading of the page.
         results: one :class:`agentkd.evaluate.SystemResult` for each system, baselines first.
         collection: what became of the collected trajectories:
-            ``{"collected": 120, "kept": 100, "dropped": {"wrong answer": 20}}``, or several of
-            those by label, as in ``{"agent": {...}, "cot": {...}}``.
+            ``{"collected": 120, "correct": 105, "kept": 100, "dropped": {"wrong answer": 20}}``
+            ("correct" may be left out), or several of those by label, as in
+            ``{"agent": {...}, "cot": {...}}``.
         losses: ``(step, loss)`` points of each training run, by label.
         config: the resolved settings, shown and recorded as they are.
         versions: of what made it, by package name.
@@ -60,7 +60,7 @@ def write_report(
         Path of ``index.html``.
 
     Raises:
-        DataError: ``collection`` is neither of the two forms.
+        DataError: ``collection`` is neither of the two forms, or two systems have one label.
         StorageError: the folder cannot be written.
     """
     content = Content.build(
@@ -76,7 +76,8 @@ def write_report(
         examples=examples,
         differences=differences or {},
     )
-    write_json(out_dir / "report.json", figures(content))
+    document = json.dumps(figures(content), indent=2, ensure_ascii=False, allow_nan=False)
+    _write_text(out_dir / "report.json", document + "\n")
     _write_text(out_dir / "report.md", render_markdown(content))
     index = out_dir / "index.html"
     _write_text(index, render_page(content))
@@ -99,7 +100,9 @@ def figures(content: Content) -> dict[str, Any]:
                 label: {"mean": mean, "low": low, "high": high, "n_pairs": n}
                 for label, (mean, low, high, n) in content.differences.items()
             },
-            "collection": {label: counts.model_dump() for label, counts in content.collection.items()},
+            "collection": {
+                label: counts.model_dump(exclude_none=True) for label, counts in content.collection.items()
+            },
             "losses": content.losses,
             "served": content.served,
             "notes": content.notes,
@@ -112,8 +115,8 @@ def figures(content: Content) -> dict[str, Any]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with boundary(DataError, f"writing {path}"):
+    with boundary(StorageError, f"writing {path}", "Choose another folder for the report."):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        partial.replace(path)

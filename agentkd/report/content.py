@@ -20,6 +20,7 @@ __all__ = [
     "ResultLike",
     "Row",
     "clean",
+    "name",
     "number",
     "percent",
     "plain",
@@ -92,6 +93,8 @@ class Collection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     collected: int = Field(ge=0)
+    correct: int | None = Field(default=None, ge=0)
+    """How many had the right answer, where that is known."""
     kept: int = Field(ge=0)
     dropped: dict[str, int] = Field(default_factory=dict)
     """Number of dropped trajectories by reason."""
@@ -140,6 +143,9 @@ class Content:
         differences: Mapping[str, tuple[float, float, float, int]],
     ) -> Content:
         """Check and order what :func:`agentkd.report.write_report` was given."""
+        labels = [result.label for result in results]
+        if len(set(labels)) < len(labels):
+            raise DataError(f"Two systems have the same label: {labels}.", "Give every system its own.")
         return cls(
             title=title,
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -158,20 +164,20 @@ class Content:
     @property
     def labels(self) -> list[str]:
         """Names of the systems, in order."""
-        return [clean(result.label, LABEL_LIMIT) for result in self.results]
+        return [name(result.label) for result in self.results]
 
     def family_rows(self) -> list[Row]:
         """One row for each family that any system ran."""
         return [
-            Row(clean(name, LABEL_LIMIT), tuple(result.families.get(name) for result in self.results))
-            for name in _names(result.families for result in self.results)
+            Row(name(family), tuple(result.families.get(family) for result in self.results))
+            for family in _names(result.families for result in self.results)
         ]
 
     def pooled_rows(self) -> list[Row]:
         """One row for each group, and the last for all tasks together."""
         rows = [
-            Row(clean(name, LABEL_LIMIT), tuple(result.groups.get(name) for result in self.results), pooled=True)
-            for name in _names(result.groups for result in self.results)
+            Row(name(group), tuple(result.groups.get(group) for result in self.results), pooled=True)
+            for group in _names(result.groups for result in self.results)
         ]
         return [*rows, Row("all tasks", tuple(result.overall for result in self.results), pooled=True)]
 
@@ -184,7 +190,7 @@ class Content:
             split = split or len(levels) > 1
             for level in levels:
                 cells = tuple(result.levels.get(family, {}).get(level) for result in self.results)
-                rows.append(Row(clean(f"{family}, {level}", LABEL_LIMIT), cells))
+                rows.append(Row(name(f"{family}, {level}"), cells))
         return rows if split else []
 
     def cost_rows(self) -> list[tuple[str, list[str]]]:
@@ -201,7 +207,8 @@ class Content:
             ("errored runs (not counted in n)", [str(cell.errors) for cell in cells]),
         ]
         if any(cell.unscored for cell in cells):
-            rows.append(("answers that could not be graded (count as wrong)", [str(c.unscored) for c in cells]))
+            unscored = [str(cell.unscored) for cell in cells]
+            rows.append(("answers that could not be graded (count as wrong)", unscored))
         return rows
 
     def caveats(self) -> list[str]:
@@ -230,12 +237,11 @@ def _collections(given: Mapping[str, Any]) -> dict[str, Collection]:
 
 
 def _names(parts: Iterable[Mapping[str, object]]) -> list[str]:
-    return list(dict.fromkeys(name for part in parts for name in part))
+    return list(dict.fromkeys(key for part in parts for key in part))
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    named = (f"{count} {clean(name, LABEL_LIMIT).replace('_', ' ')}" for name, count in counts.items())
-    return ", ".join(named) or "none"
+    return ", ".join(f"{count} {name(kind).replace('_', ' ')}" for kind, count in counts.items()) or "none"
 
 
 def percent(share: float | None) -> str:
@@ -255,7 +261,11 @@ def number(value: float | None, digits: int) -> str:
     return "\u2013" if value is None else f"{value:,.{digits}f}"
 
 
-_INVISIBLE = {0x061C, 0x200B, 0x200E, 0x200F, 0x2028, 0x2029, 0xFEFF, *range(0x202A, 0x202F), *range(0x2060, 0x2070)}
+_INVISIBLE = {
+    *(0x061C, 0x200B, 0x200E, 0x200F, 0x2028, 0x2029, 0xFEFF),
+    *range(0x202A, 0x202F),
+    *range(0x2060, 0x2070),
+}
 
 
 def clean(text: str, limit: int = TEXT_LIMIT) -> str:
@@ -265,9 +275,14 @@ def clean(text: str, limit: int = TEXT_LIMIT) -> str:
     """
     cut = len(text) - limit
     if cut > 0:
-        # A name is cut with a dot, a text says how much is missing.
-        text = text[: limit - 1] + "\u2026" if limit <= LABEL_LIMIT else f"{text[:limit]}\n[... {cut:,} characters cut]"
+        text = f"{text[:limit]}\n[... {cut:,} characters cut]"
     return "".join(_visible(char) for char in text.replace("\r\n", "\n"))
+
+
+def name(text: str, limit: int = LABEL_LIMIT) -> str:
+    """The same on one line, for labels; cut with an ellipsis."""
+    line = " ".join(text[: 10 * limit].split())
+    return clean(line if len(line) <= limit else line[: limit - 1] + "\u2026")
 
 
 def _visible(char: str) -> str:

@@ -22,7 +22,9 @@ TASK = Task(id="t", question="What is it?", answer="7", scorer="numeric")
 def run() -> Iterator[Any]:
     agents: list[StepAgent] = []
 
-    def go(outputs: list[str], *tools: Any, task: Task = TASK, max_seconds: float | None = None, **options: Any):
+    def go(
+        outputs: list[str], *tools: Any, task: Task = TASK, max_seconds: float | None = None, **options: Any
+    ):
         agent = build_agent(ScriptedModel(outputs), tools, sandbox="local", **options)
         agents.append(agent)
         return rollout(agent, task, max_seconds=max_seconds)
@@ -63,7 +65,9 @@ def test_state_stays_between_steps_and_the_answer_is_scored(run: Any) -> None:
 
 
 def test_the_model_sees_exactly_what_the_record_renders() -> None:
-    model = ScriptedModel([action("one", "print(1)"), action("two", "1 / 0"), action("three", "final_answer(7)")])
+    model = ScriptedModel(
+        [action("one", "print(1)"), action("two", "1 / 0"), action("three", "final_answer(7)")]
+    )
     agent = build_agent(model, sandbox="local")
     record = rollout(agent, TASK)
     agent.cleanup()
@@ -73,7 +77,9 @@ def test_the_model_sees_exactly_what_the_record_renders() -> None:
 
 
 def test_mistakes_of_the_model_become_observations(run: Any) -> None:
-    record = run(["no code here", action("bad", "1 / 0"), action("bad", "x ="), action("ok", "final_answer(7)")])
+    record = run(
+        ["no code here", action("bad", "1 / 0"), action("bad", "x ="), action("ok", "final_answer(7)")]
+    )
     kinds = [step.failure.kind if step.failure else None for step in record.steps]
     assert kinds == ["parse", "execution", "execution", None]
     assert "ZeroDivisionError" in record.steps[1].observation

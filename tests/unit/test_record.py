@@ -34,7 +34,7 @@ def test_a_written_record_is_read_back_equal(tmp_path: Path) -> None:
         (b'{"id": "1", "question": "q"}\nnot json\n', "line 2"),
         (b'{"id": "1", "question": "q"}\n\xff\xfe\n', "line 2: not UTF-8"),
         (b'{"id": "1", "question": "q", "colour": 3}\n', "colour"),
-        (b'[1, 2]\n', "line 1"),
+        (b"[1, 2]\n", "line 1"),
         (b"", "no tasks"),
         (b'{"id": "1", "question": "q"}\n{"id": "1", "question": "r"}\n', "twice"),
     ],

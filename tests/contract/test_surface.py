@@ -1,0 +1,129 @@
+"""What users rely on: the public names, a light import, and the command line's help."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import agentkd
+
+COMMANDS = ["collect", "filter", "distill", "evaluate", "serve", "quickstart", "run"]
+
+HEAVY = "torch transformers peft smolagents openai numpy pandas datasets fastapi uvicorn bm25s reasoning_gym"
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_the_public_names() -> None:
+    assert sorted(agentkd.__all__) == [
+        "BM25Retriever",
+        "Passage",
+        "Retriever",
+        "Step",
+        "StepAgent",
+        "StopReason",
+        "Student",
+        "Task",
+        "Taskset",
+        "Trajectory",
+        "__version__",
+        "build_agent",
+        "load_student",
+        "load_taskset",
+        "load_tasks",
+        "load_tool",
+        "mcp_tools",
+        "openai_model",
+        "read_trajectories",
+        "run_rollouts",
+        "score",
+    ]
+    for name in agentkd.__all__:
+        assert getattr(agentkd, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError):
+        _ = agentkd.nothing
+
+
+def test_import_pulls_in_nothing_heavy() -> None:
+    code = f"import sys, agentkd; print([m for m in {HEAVY.split()!r} if m in sys.modules])"
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def best_of(count: int, *arguments: str) -> float:
+    """Shortest wall-clock time, because the machine may be busy."""
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        assert python(*arguments).returncode == 0
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def test_import_is_quick() -> None:
+    bare = best_of(5, "-c", "pass")
+    assert best_of(5, "-c", "import agentkd") - bare < 0.3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_quickly(command: str) -> None:
+    run = [sys.executable, "-m", "agentkd", command, "--help"]
+    done = subprocess.run(
+        run, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "120"}
+    )
+    assert done.returncode == 0
+    assert "Example" in done.stdout
+    assert f"agentkd {command}" in done.stdout
+    assert best_of(3, "-m", "agentkd", command, "--help") < 0.5 * slowness()
+
+
+def slowness() -> float:
+    """1 on a free machine: how much longer a fixed piece of work takes than it should."""
+    began = time.perf_counter()
+    sum(i * i for i in range(1_000_000))
+    return max(1.0, (time.perf_counter() - began) / 0.06)
+
+
+def test_every_command_has_a_test_here() -> None:
+    listed = python("-m", "agentkd", "--help").stdout
+    for command in COMMANDS:
+        assert command in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["collect", "--tasks", "x.jsonl", "--out", "{tmp}"], 2, "No teacher"),
+        (["collect", "--tasks", "gym:prodcuts", "--teacher", "expert", "--sandbox", "local", "--out", "{tmp}"], 2,
+         "products"),
+        (["collect", "--tasks", "nothing.jsonl", "--api-base", "http://127.0.0.1:9/v1", "--model", "m", "--sandbox",
+          "local", "--out", "{tmp}"], 3, "nothing.jsonl"),
+        (["collect", "--tasks", "gym:lcm", "--n", "2", "--api-base", "http://127.0.0.1:9/v1", "--model", "m",
+          "--sandbox", "local", "--out", "{tmp}"], 4, "Cannot reach"),
+        (["collect", "--tasks", "gym:lcm", "--n", "2", "--api-base", "http://127.0.0.1:9/v1", "--model", "m",
+          "--out", "{tmp}"], 2, "--sandbox local"),
+        (["filter", "{tmp}/nothing", "--out", "{tmp}"], 3, "no file"),
+        (["filter", "{tmp}", "--out", "{tmp}", "--min-score", "7"], 2, "min-score"),
+        (["distill", "{tmp}/kept.jsonl", "--out", "{tmp}/s"], 3, "kept.jsonl"),
+        (["serve", "{tmp}"], 2, "student"),
+        (["run", "{tmp}/r.toml", "--out", "{tmp}"], 2, "recipe"),
+        (["nonsense"], 2, "nonsense"),
+        (["evaluate", "{tmp}", "--tasks", "gym:lcm", "--n", "2", "--out", "{tmp}/e"], 2, "kind"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_with_a_way_out(
+    arguments: list[str], code: int, said: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = str(tmp_path_factory.mktemp("bad"))
+    done = python("-m", "agentkd", *(part.replace("{tmp}", folder) for part in arguments))
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
