@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentkd.errors import DataError
-from agentkd.record import read_trajectories, write_jsonl, write_manifest
+from agentkd.record import load_tasks, read_trajectories, write_jsonl, write_manifest
 from agentkd.trajectory import StopReason, Trajectory
 
 __all__ = ["Dropped", "Filter", "FilterConfig", "Filtered", "Verdict", "filter_run", "standard_filters"]
@@ -112,6 +112,7 @@ def filter_run(
     trajectories = read_trajectories(path)
     if not trajectories:
         raise DataError(f"{path} has no trajectories.", "Run agentkd collect first.")
+    trajectories = _in_task_order(trajectories, path.with_name("tasks.jsonl"))
     result = _judge(trajectories, config, filters or standard_filters(config))
     write_jsonl(out / "kept.jsonl", result.kept)
     write_jsonl(out / "dropped.jsonl", result.dropped)
@@ -129,6 +130,14 @@ def filter_run(
             f"See the reasons in {out / 'dropped.jsonl'}.",
         )
     return result
+
+
+def _in_task_order(trajectories: list[Trajectory], tasks: Path) -> list[Trajectory]:
+    """Rollouts finish in any order; what is learnt from them must not depend on it."""
+    if not tasks.is_file():
+        return trajectories
+    place = {task.id: number for number, task in enumerate(load_tasks(tasks))}
+    return sorted(trajectories, key=lambda item: (place.get(item.task.id, len(place)), item.sample))
 
 
 def _judge(

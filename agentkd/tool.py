@@ -99,11 +99,12 @@ def tool_schema(tool: Any) -> str:
 
 
 @contextmanager
-def mcp_tools(server: Any) -> Iterator[list[Tool]]:
+def mcp_tools(server: Any, timeout: float = 30.0) -> Iterator[list[Tool]]:
     """The tools of an MCP server, for as long as the block lasts.
 
     Args:
         server: ``mcp.StdioServerParameters`` or ``{"url": ..., "transport": "streamable-http"}``.
+        timeout: seconds to wait for the server at the start.
 
     Raises:
         ConfigError: the ``mcp`` extra is missing or the server cannot be reached.
@@ -111,7 +112,8 @@ def mcp_tools(server: Any) -> Iterator[list[Tool]]:
     with boundary(ConfigError, "connecting to the MCP server", "Install it by: pip install 'agentkd[mcp]'."):
         from smolagents import MCPClient
 
-        client = MCPClient(server, structured_output=False)
+        options = {"connect_timeout": timeout}
+        client = MCPClient(server, adapter_kwargs=options, structured_output=False)
     try:
         yield list(client.get_tools())
     finally:

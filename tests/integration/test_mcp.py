@@ -32,5 +32,5 @@ def test_an_agent_calls_a_tool_of_an_mcp_server(request: pytest.FixtureRequest) 
 @pytest.mark.filterwarnings("ignore")
 def test_a_server_that_does_not_start_is_named() -> None:
     missing = mcp.StdioServerParameters(command="/nonexistent/server", args=[])
-    with pytest.raises(ConfigError, match="MCP server"), mcp_tools(missing):
+    with pytest.raises(ConfigError, match="MCP server"), mcp_tools(missing, timeout=2):
         pass

@@ -77,4 +77,4 @@ def test_an_unknown_tool_lists_the_known_ones() -> None:
 
 def test_wrong_arguments_are_a_config_error() -> None:
     with pytest.raises(ConfigError):
-        load_tool("today", colour="red")
+        load_tool("search", colour="red")
