@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -411,7 +411,7 @@ def quickstart(
     """
     from agentkd.pipeline import quickstart as run
 
-    size = "full" if full else "tiny" if tiny else "demo"
+    size: Literal["tiny", "demo", "full"] = "full" if full else "tiny" if tiny else "demo"
     summary = run(out, size=size, fresh=fresh, quiet=as_json)
     if as_json:
         _print_json(summary)

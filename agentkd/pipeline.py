@@ -27,6 +27,7 @@ from agentkd.collect import CollectConfig, collect
 from agentkd.errors import ConfigError
 from agentkd.evaluate import SystemResult, comparison_table, contamination, paired_difference, run_evaluation
 from agentkd.filter import Filtered, filter_run
+from agentkd.recipe import Recipe, StudentRecipe, TaskMix, load_recipe, quickstart_recipe
 from agentkd.record import (
     iter_jsonl,
     load_tasks,
@@ -36,7 +37,6 @@ from agentkd.record import (
     write_json,
     write_jsonl,
 )
-from agentkd.recipe import Recipe, StudentRecipe, TaskMix, load_recipe, quickstart_recipe
 from agentkd.retrieval import Passage
 from agentkd.rollout import Progress, rollout
 from agentkd.task import Task

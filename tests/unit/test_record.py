@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,12 +91,12 @@ def test_a_second_writer_is_refused_and_the_lock_dies_with_its_owner(tmp_path: P
     AppendLog(path).close()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_a_storage_error() -> None:
     with (
         pytest.raises(StorageError, match="No space left"),
         boundary(DataError, "writing"),
-        open("/dev/full", "wb", buffering=0) as file,
+        Path("/dev/full").open("wb", buffering=0) as file,
     ):
         file.write(b"x")
 

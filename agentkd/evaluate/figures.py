@@ -1,6 +1,6 @@
-"""Evaluation: run a system on held-out tasks, and say what the runs add up to.
+"""What the runs of an evaluation add up to: accuracy with its interval, cost, and how runs ended.
 
-:func:`run_evaluation` runs; the rest are pure functions on trajectories. The conventions, so that
+Pure functions on trajectories. The conventions, so that
 no figure flatters:
 
 * A run that ended by an error of the machinery (:attr:`StopReason.is_error`) says nothing about
@@ -20,18 +20,12 @@ import random
 import statistics
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from agentkd.agent_config import AgentConfig, agent_factory, search_tools
-from agentkd.errors import ConfigError, ProviderError
-from agentkd.record import load_tasks, write_json, write_jsonl, write_manifest
-from agentkd.retrieval import Passage
-from agentkd.rollout import Progress, finished_rollouts, run_rollouts
+from agentkd.errors import ConfigError
 from agentkd.task import Task
 from agentkd.trajectory import Trajectory
 
@@ -46,7 +40,6 @@ __all__ = [
     "contamination",
     "latest_runs",
     "paired_difference",
-    "run_evaluation",
     "summarise",
     "wilson",
 ]
@@ -358,56 +351,3 @@ def _printable(text: str) -> str:
     """Names come from files: no escape sequence may reach the terminal."""
     shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:NAME_LIMIT])
     return shown + "\N{HORIZONTAL ELLIPSIS}" * (len(text) > NAME_LIMIT)
-
-
-def run_evaluation(
-    label: str,
-    tasks: Sequence[Task],
-    system: Callable[[], AbstractContextManager[tuple[AgentConfig, Any]]],
-    out: Path,
-    *,
-    passages: Sequence[Passage] = (),
-    workers: int = 32,
-    groups: Mapping[str, Sequence[str]] | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> tuple[SystemResult, list[Trajectory]]:
-    """Run a system on tasks, by the same rollout as everywhere; goes on where it stopped.
-
-    Args:
-        label: what the system is called.
-        tasks: what it is tested on.
-        system: opens the system: its settings and its model (None: the endpoint in the settings).
-            It is not opened when nothing is left to run.
-        out: folder for ``trajectories.jsonl``, ``result.json`` and ``manifest.json``.
-        passages: what the search tool searches.
-        workers: rollouts in flight.
-        groups: see :func:`summarise`.
-
-    Raises:
-        ConfigError: ``out`` holds an evaluation on other tasks.
-        ProviderError: some rollouts ended by errors; what is finished is kept.
-    """
-    stored, log = out / "tasks.jsonl", out / "trajectories.jsonl"
-    if stored.is_file() and load_tasks(stored) != list(tasks):
-        raise ConfigError(f"{out} holds an evaluation on other tasks.", "Choose another --out.")
-    write_jsonl(stored, tasks)
-    known = finished_rollouts(log)
-    trajectories = [known[key] for task in tasks if (key := f"{task.id}#0") in known]
-    if len(trajectories) < len(tasks):
-        with system() as (config, model):
-            factory = agent_factory(config, search_tools(passages, config.search_k), model)
-            settings = config.model_dump(mode="json")
-            trajectories = run_rollouts(
-                tasks, factory, log, workers=workers, config=settings, on_progress=on_progress
-            )
-    if len(trajectories) < len(tasks):
-        raise ProviderError(
-            f"{len(tasks) - len(trajectories)} of {len(tasks)} rollouts ended by errors.",
-            f"See {out / 'errors.jsonl'}; run the same command again to try them again.",
-        )
-    result = summarise(label, trajectories, groups)
-    write_json(out / "result.json", result.model_dump(mode="json"))
-    counts = {"n": result.overall.n, "correct": result.overall.correct}
-    settings = trajectories[0].config if trajectories else {}
-    write_manifest(out, stage="evaluate", config=settings, counts=counts, inputs=[stored], outputs=[log])
-    return result, trajectories
