@@ -20,7 +20,9 @@ from tests.conftest import action
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
     path = tmp_path / "tasks.jsonl"
-    write_jsonl(path, [Task(id=str(i), question=f"add {i}", answer=str(i + 1), split="train") for i in range(6)])
+    write_jsonl(
+        path, [Task(id=str(i), question=f"add {i}", answer=str(i + 1), split="train") for i in range(6)]
+    )
     return path
 
 
