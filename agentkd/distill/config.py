@@ -1,0 +1,68 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["DistillConfig"]
+
+_NOT_IN_THE_RESULT = {"threads", "save_every", "micro_tokens"}
+
+
+class DistillConfig(BaseModel):
+    """How a student is trained. Frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field(default="smollm2-135m", min_length=1)
+    """Base model: "smollm2-135m", a Hub id, or a local folder."""
+    kind: Literal["agent", "cot"] = "agent"
+    """Which trajectories are learnt: code agent, or plain chain of thought."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; None derives them from ``epochs``."""
+    epochs: float = Field(default=2.0, gt=0)
+    """Passes over the examples, when ``steps`` is None."""
+    batch_size: int = Field(default=8, ge=1)
+    """Trajectories of one optimiser step."""
+    learning_rate: float = Field(default=1e-3, ge=0)
+    """Peak of the cosine schedule."""
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Part of the steps in which the learning rate rises linearly."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    lora_r: int = Field(default=16, ge=1)
+    """Rank of the adapters, on all linear layers."""
+    lora_alpha: int = Field(default=32, ge=1)
+    """Adapters are scaled by ``lora_alpha / lora_r``."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters; anything but 0 is slower on a CPU."""
+    max_length: int = Field(default=1024, ge=8)
+    """Longest example in tokens; longer ones are left out, and counted."""
+    seed: int = 0
+    """Of the adapters' initial weights, the order of examples, and dropout."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of frozen weights and activations; "auto" is bf16 where the hardware computes in it."""
+    system_prompt: str | None = None
+    """Another system prompt than the short one of students."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Step limit of the student as an agent; None takes that of the trajectories."""
+    imports: tuple[str, ...] | None = None
+    """Modules the student's code may import; None takes those of the trajectories."""
+    save_every: int = Field(default=5, ge=1)
+    """Steps between checkpoints."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; None leaves it to torch (one a core)."""
+    micro_tokens: int = Field(default=2048, ge=1)
+    """Tokens that are computed at once: less needs less memory."""
+
+    def fingerprint(self, data: str) -> str:
+        """Hash of all that decides the result.
+
+        Args:
+            data: hash of the trajectories.
+        """
+        chosen = self.model_dump_json(exclude=_NOT_IN_THE_RESULT)
+        return hashlib.sha256(f"{chosen}\n{data}".encode()).hexdigest()

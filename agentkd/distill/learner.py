@@ -1,0 +1,209 @@
+"""The model under training: base weights frozen, adapters beside, and one method, the loss.
+
+On a CPU, and for the architectures named in ``_PACKABLE``, examples are packed and the
+operations of :mod:`agentkd.distill.kernels` are used. Any other model runs its own unchanged
+forward pass, one example at a time: slower, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agentkd.distill.batches import Pack, pack_batch, single_packs
+from agentkd.distill.config import DistillConfig
+from agentkd.distill.examples import Example
+from agentkd.distill.kernels import merged_linear, packed_attention, rms_norm, swiglu, target_loss
+from agentkd.engine.weights import load_model
+from agentkd.errors import TrainingError, boundary
+
+__all__ = ["Learner", "compute_dtype"]
+
+_PACKABLE = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
+_ATTENTION = "agentkd_packed"
+_SILU = {"SiLU", "SiLUActivation"}
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """bf16 where the hardware multiplies in it, float32 elsewhere, unless asked for."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = torch.backends.cpu.get_cpu_capability() == "AVX512" and _flag("avx512_bf16")
+    return torch.bfloat16 if able else torch.float32
+
+
+def _flag(name: str) -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and name in info.read_text(encoding="utf-8", errors="replace")
+
+
+class Learner:
+    """A base model with LoRA adapters.
+
+    Args:
+        base: folder of the base model.
+        config: the settings.
+
+    Raises:
+        TrainingError: adapters cannot be added to this model.
+    """
+
+    def __init__(self, base: Path, config: DistillConfig) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = compute_dtype(config.precision)
+        model = load_model(base, self.dtype).to(self.device)
+        model.config.use_cache = False
+        self.packed = _can_pack(model.config)
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(config.seed)
+        with boundary(TrainingError, f"adding adapters to {config.base}"):
+            self.peft = get_peft_model(model, lora)
+        self.peft.peft_config["default"].base_model_name_or_path = config.base
+        self.model: Any = model
+        self.peft.train()
+        self._budget = config.micro_tokens
+        self._merged: list[_Merged] = []
+        if self.device.type == "cpu" and config.lora_dropout == 0:
+            self._merged = list(_merge_linears(self.peft))
+        if self.packed:
+            _use_packed_attention(model)
+            if self.device.type == "cpu":
+                _use_fused_operations(model)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, in a fixed order."""
+        return [value for value in self.peft.parameters() if value.requires_grad]
+
+    def refresh(self) -> None:
+        """Call it before the first loss of a step: takes over the adapters' present values."""
+        for linear in self._merged:
+            linear.refresh()
+
+    def packs(self, batch: Sequence[Example], groups: int) -> list[Pack]:
+        """How a batch is laid out for this model; ``groups`` packs are computed at one time."""
+        return pack_batch(batch, self._budget, groups) if self.packed else single_packs(batch)
+
+    def losses(self, pack: Pack) -> Tensor:
+        """Cross-entropy (nats, float32) of each target of a pack, with gradient."""
+        ids = torch.tensor([pack.ids], device=self.device)
+        rows = torch.tensor(pack.rows, device=self.device)
+        targets = torch.tensor(pack.targets, device=self.device)
+        with self._autocast():
+            if not self.packed:
+                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
+                return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+            positions = torch.tensor([pack.positions], device=self.device)
+            hidden = self.model.model(
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,
+                pack_prefix=pack.prefix,
+                pack_lengths=pack.lengths,
+            ).last_hidden_state[0]
+            return target_loss(hidden[rows], self.model.lm_head.weight, targets)
+
+    def save(self, folder: Path) -> None:
+        """Write the adapters in peft's format."""
+        self.peft.save_pretrained(str(folder), save_embedding_layers=False)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._merged or self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+class _Merged:
+    """The forward pass of one LoRA layer, its adapter merged into a copy of the weight."""
+
+    def __init__(self, layer: Any) -> None:
+        self.base = layer.get_base_layer()
+        self.a = layer.lora_A["default"].weight
+        self.b = layer.lora_B["default"].weight
+        self.scale = float(layer.scaling["default"])
+        self.weight = torch.empty_like(self.base.weight)
+
+    def refresh(self) -> None:
+        with torch.no_grad():
+            weight = self.base.weight
+            torch.addmm(
+                weight, self.b.to(weight.dtype), self.a.to(weight.dtype), alpha=self.scale, out=self.weight
+            )
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return merged_linear(x, self.weight, self.base.bias, self.a, self.b, self.scale)
+
+
+def _merge_linears(model: Any) -> Iterator[_Merged]:
+    from peft.tuners.lora import Linear
+
+    for module in model.modules():
+        if type(module) is Linear and type(module.get_base_layer()) is nn.Linear:
+            merged = _Merged(module)
+            module.forward = merged
+            yield merged
+
+
+def _can_pack(config: Any) -> bool:
+    """True when the model's attention is plain causal attention, and its head a plain product."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    sliding = getattr(config, "sliding_window", None) is not None and getattr(
+        config, "use_sliding_window", True
+    )
+    return config.model_type in _PACKABLE and kinds == {"full_attention"} and not sliding
+
+
+def _use_packed_attention(model: Any) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
+    model.set_attn_implementation(_ATTENTION)
+
+
+def _attend(
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    *,
+    scaling: float,
+    pack_prefix: int,
+    pack_lengths: tuple[int, ...],
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    out = packed_attention(q, k, v, pack_prefix, pack_lengths, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _use_fused_operations(model: nn.Module) -> None:
+    for module in model.modules():
+        name = type(module).__name__
+        if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = partial(_norm, module)
+        elif name.endswith("MLP") and hasattr(module, "gate_proj") and type(module.act_fn).__name__ in _SILU:
+            module.forward = partial(_mlp, module)
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, module.variance_epsilon)
+
+
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    result: Tensor = module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+    return result

@@ -1,0 +1,228 @@
+"""The training loop. Everything a step does is a pure function of (state, settings, step)."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from agentkd.distill.batches import batch_indices, total_steps
+from agentkd.distill.config import DistillConfig
+from agentkd.distill.examples import Example
+from agentkd.distill.learner import Learner
+from agentkd.distill.workers import Workers, side_by_side
+from agentkd.errors import ConfigError, TrainingError, boundary
+from agentkd.record import AppendLog, iter_jsonl, write_jsonl
+
+__all__ = ["StepLog", "learning_rate", "run_training"]
+
+
+class StepLog(BaseModel):
+    """One line of ``loss.jsonl``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    """1 for the first."""
+    loss: float
+    """Mean cross-entropy (nats) of the step's target tokens."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Tokens of the step's examples."""
+    targets: int
+    """Tokens that were learnt."""
+    seconds: float
+    """Wall-clock."""
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warmup, then a cosine to zero.
+
+    Args:
+        step: 0 for the first.
+        steps: in all.
+        peak: the highest rate.
+        warmup: part of the steps that rise.
+    """
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def run_training(
+    base: Path,
+    examples: Sequence[Example],
+    config: DistillConfig,
+    out: Path,
+    identity: dict[str, str],
+    on_progress: Any = None,
+) -> dict[str, Any]:
+    """Train to the end, from the last checkpoint in ``out`` if there is one.
+
+    Args:
+        base: folder of the base model.
+        examples: what to learn.
+        config: the settings.
+        out: where checkpoint, ``loss.jsonl`` and ``adapter/`` are written.
+        identity: hashes of settings and data; a checkpoint with other ones is refused.
+        on_progress: called after each step with (step, steps, loss).
+
+    Returns:
+        A summary: steps, losses, tokens, seconds.
+
+    Raises:
+        ConfigError: the checkpoint belongs to other settings or data.
+        TrainingError: the loss is not a number; names the trajectory.
+    """
+    steps = total_steps(len(examples), config.batch_size, config.steps, config.epochs)
+    learner = Learner(base, config)
+    parameters = learner.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    begun = _restore(out, identity, parameters, optimizer)
+    rows = _rewind(out / "loss.jsonl", begun)
+    with AppendLog(out / "loss.jsonl") as losses, side_by_side(learner, config) as workers:
+        for step in range(begun, steps):
+            batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, config.seed, step)]
+            rate = learning_rate(step, steps, config.learning_rate, config.warmup)
+            row = _step(learner, parameters, optimizer, batch, config, step, rate, workers)
+            losses.append(row)
+            rows.append(row)
+            if on_progress is not None:
+                on_progress(step + 1, steps, row.loss)
+            if (step + 1) % config.save_every == 0 and step + 1 < steps:
+                _save(out, identity, step + 1, parameters, optimizer)
+    _save_adapter(learner, out / "adapter")
+    return _summary(rows, learner)
+
+
+def _step(
+    learner: Learner,
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Example],
+    config: DistillConfig,
+    step: int,
+    rate: float,
+    workers: Workers,
+) -> StepLog:
+    began = time.perf_counter()
+    # Dropout must not depend on what happened before, or a resumed run would differ.
+    torch.manual_seed(config.seed * 1_000_003 + step)
+    targets = sum(example.targets for example in batch)
+    learner.refresh()
+    loss = 0.0
+    for part, grads in workers.map(learner.packs(batch, workers.count), targets, step):
+        loss += part
+        _accumulate(parameters, grads)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    if not math.isfinite(norm.item()):
+        raise TrainingError(f"The gradient of step {step + 1} is not a number.", "Lower the learning rate.")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepLog(
+        step=step + 1,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=norm.item(),
+        tokens=sum(len(example.ids) for example in batch),
+        targets=targets,
+        seconds=round(time.perf_counter() - began, 3),
+    )
+
+
+def _accumulate(parameters: Sequence[torch.nn.Parameter], grads: Sequence[torch.Tensor | None]) -> None:
+    for value, grad in zip(parameters, grads, strict=True):
+        if grad is not None:
+            value.grad = grad if value.grad is None else value.grad.add_(grad)
+
+
+def _save(
+    out: Path,
+    identity: dict[str, str],
+    step: int,
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    state = {
+        "identity": identity,
+        "step": step,
+        "parameters": [value.detach() for value in parameters],
+        "optimizer": optimizer.state_dict(),
+    }
+    partial = out / "checkpoint.pt.partial"
+    with boundary(TrainingError, f"writing {partial}"), partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(out / "checkpoint.pt")
+
+
+def _restore(
+    out: Path,
+    identity: dict[str, str],
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Take over the checkpoint; returns the number of steps that are done."""
+    path = out / "checkpoint.pt"
+    if not path.is_file():
+        return 0
+    again = "Choose another --out, or remove the folder to start again."
+    with boundary(TrainingError, f"reading {path}", again):
+        state = torch.load(path, map_location=parameters[0].device, weights_only=True)
+    if state["identity"] != identity:
+        raise ConfigError(f"{out} holds a training with other settings, data or base model.", again)
+    with boundary(TrainingError, f"taking over {path}", again), torch.no_grad():
+        for value, saved in zip(parameters, state["parameters"], strict=True):
+            value.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _rewind(path: Path, steps: int) -> list[StepLog]:
+    """Cut the log back to the checkpoint; the steps behind it are done again."""
+    rows: list[StepLog] = []
+    if path.is_file():
+        rows = [row for row in iter_jsonl(path, StepLog, skip_torn=True) if row.step <= steps]
+        write_jsonl(path, rows)
+    return rows
+
+
+def _save_adapter(learner: Learner, folder: Path) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    with boundary(TrainingError, f"writing {folder}"):
+        shutil.rmtree(partial, ignore_errors=True)
+        learner.save(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+
+
+def _summary(rows: Sequence[StepLog], learner: Learner) -> dict[str, Any]:
+    last = rows[-max(1, len(rows) // 10) :]
+    seconds = sum(row.seconds for row in rows)
+    tokens = sum(row.tokens for row in rows)
+    return {
+        "steps": len(rows),
+        "first_loss": rows[0].loss,
+        "last_loss": sum(row.loss for row in last) / len(last),
+        "tokens": tokens,
+        "targets": sum(row.targets for row in rows),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+        "trained_parameters": sum(value.numel() for value in learner.parameters()),
+        "device": learner.device.type,
+        "precision": str(learner.dtype).removeprefix("torch."),
+        "packed": learner.packed,
+    }

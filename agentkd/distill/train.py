@@ -1,0 +1,136 @@
+"""From ``kept.jsonl`` to a student folder, in one resumable call.
+
+The manifest is written last. Until then the folder holds ``checkpoint.pt`` and ``loss.jsonl``,
+from which the same call goes on with the very numbers it would have had without the stop.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from agentkd.distill.config import DistillConfig
+from agentkd.distill.examples import ExampleSet, build_examples
+from agentkd.engine.student import Student, is_student, load_student
+from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model
+from agentkd.errors import ConfigError, DataError, TrainingError, boundary
+from agentkd.prompt import FENCE_CLOSE, FENCE_OPEN
+from agentkd.record import file_hash, read_trajectories, write_json, write_manifest
+
+__all__ = ["Progress", "distill"]
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, float], None]
+"""Called after each step with (steps done, steps in all, loss)."""
+
+
+def distill(
+    trajectories: Path, out: Path, config: DistillConfig | None = None, on_progress: Progress | None = None
+) -> Student:
+    """Train a student; a finished one is returned at once, a stopped training goes on.
+
+    Args:
+        trajectories: ``kept.jsonl``.
+        out: the student folder.
+        config: the settings.
+        on_progress: called after each step.
+
+    Raises:
+        DataError: nothing to learn from.
+        ConfigError: the base model will not do, or ``out`` holds other work.
+        TrainingError: the chat template will not do, or the loss is no longer a number.
+    """
+    config = config or DistillConfig()
+    if not trajectories.is_file():
+        raise DataError(f"There is no file {trajectories}.", "Check the path, or run: agentkd filter.")
+    fingerprint = config.fingerprint(file_hash(trajectories))
+    with _only_one(out):
+        if is_student(out):
+            return _finished(out, fingerprint)
+        base = resolve_model(config.base)
+        tokenizer = load_tokenizer(base)
+        examples = build_examples(read_trajectories(trajectories), tokenizer, config)
+        for reason, count in examples.dropped.items():
+            log.warning("%d of the trajectories left out: %s.", count, reason)
+        identity = {"fingerprint": fingerprint, "base": model_hash(base), "examples": examples.digest()}
+        with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
+            from agentkd.distill.loop import run_training
+        with boundary(TrainingError, f"training {out}", "Lower micro_tokens if memory ran out."):
+            summary = run_training(base, examples.examples, config, out, identity, on_progress)
+        _close(out, trajectories, tokenizer, config, examples, identity, summary)
+    return load_student(out)
+
+
+def _finished(out: Path, fingerprint: str) -> Student:
+    student = load_student(out)
+    if student.training.get("fingerprint") != fingerprint:
+        raise ConfigError(
+            f"{out} already holds a student with other settings or other trajectories.",
+            "Choose another --out, or remove the folder.",
+        )
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    return student
+
+
+def _close(
+    out: Path,
+    trajectories: Path,
+    tokenizer: Any,
+    config: DistillConfig,
+    examples: ExampleSet,
+    identity: dict[str, str],
+    summary: dict[str, Any],
+) -> None:
+    counts = {"n_examples": len(examples.examples), "dropped": examples.dropped}
+    student = Student(
+        kind=config.kind,
+        base=config.base,
+        base_hash=identity["base"],
+        system_prompt=examples.system_prompt,
+        tools=examples.tools,
+        fences=(FENCE_OPEN, FENCE_CLOSE),
+        max_steps=examples.max_steps,
+        imports=examples.imports,
+        training={
+            "config": config.model_dump(mode="json"),
+            "fingerprint": identity["fingerprint"],
+            **counts,
+            **summary,
+        },
+    )
+    with boundary(TrainingError, f"writing {out}"):
+        tokenizer.save_pretrained(str(out))
+    write_json(out / "student.json", student.model_dump(mode="json"))
+    write_manifest(
+        out,
+        stage="distill",
+        config=config.model_dump(mode="json"),
+        counts={**counts, **summary},
+        inputs=[trajectories],
+        outputs=[out / "student.json", out / "loss.jsonl", out / "adapter" / "adapter_model.safetensors"],
+    )
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+
+
+@contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Hold the folder for this process; the lock goes with the process, however it ends."""
+    with boundary(ConfigError, f"opening {out}", "Choose another --out."):
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"Another process is training {out}.", "Wait for it, stop it, or choose another --out."
+            ) from None
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,200 @@
+"""The one renderer: chat messages to token ids, for training and for serving alike.
+
+A conversation is cut where an assistant turn begins (right behind the generation prompt) and
+where it ends, and every piece is tokenised on its own. So the ids of a prompt are, by
+construction, a prefix of the ids of any longer conversation that goes on from it, and of the
+training ids of the whole: a tokeniser that would merge the last newline of the generation
+prompt with the first character of the answer cannot make training and serving differ.
+
+This needs a template that only appends: the text of the first turns must not change when more
+turns follow. :func:`render_training` refuses any other; :func:`render_prompt` then tokenises
+the text in one piece, so that such a model can still be asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentkd.errors import ConfigError, DataError, TrainingError, boundary
+
+__all__ = ["Rendered", "end_of_turn_id", "render_prompt", "render_training"]
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as token ids.
+
+    ``ids`` and ``mask`` have the same length; ``mask`` is True for the tokens that the student
+    must emit: the text of each target turn and the token that ends it.
+    """
+
+    ids: list[int]
+    mask: list[bool]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    text: str
+    turn: int | None
+    """Index of the assistant turn that this piece is, None for everything around."""
+
+
+class _RewritesError(Exception):
+    """The template changes earlier text when turns are added; carries the number of the turn."""
+
+
+def render_prompt(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> list[int]:
+    """Token ids of a conversation, ready to be continued by the model.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        messages: ``{"role", "content"}``, content as plain text.
+        add_generation_prompt: end with the opening of an assistant turn.
+        continue_final_message: the last message is the beginning of an assistant turn that the
+            model goes on writing; ``add_generation_prompt`` is then ignored.
+
+    Raises:
+        ConfigError: no chat template, or the template refuses the messages.
+        DataError: no messages, or nothing to continue.
+    """
+    if not messages:
+        raise DataError("There are no messages to render.", "Send at least one message.")
+    if continue_final_message:
+        last = messages[-1]
+        if last["role"] != "assistant":
+            raise DataError("The final message is not an assistant message.", "It cannot be continued.")
+        opening = render_prompt(tokenizer, messages[:-1]) if len(messages) > 1 else []
+        return opening + _encode(tokenizer, last["content"])
+    try:
+        pieces = _pieces(tokenizer, messages, add_generation_prompt)
+    except _RewritesError:
+        return _encode(tokenizer, _text(tokenizer, messages, add_generation_prompt))
+    return [token for piece in pieces for token in _encode(tokenizer, piece.text)]
+
+
+def render_training(
+    tokenizer: Any, messages: Sequence[Message], targets: Sequence[bool] | None = None
+) -> Rendered:
+    """Token ids of a whole conversation, and which of them are trained on.
+
+    For the k-th message being an assistant's, ``render_prompt(tokenizer, messages[:k])`` is a
+    prefix of ``ids``, and the mask of its turn begins exactly there.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        messages: the conversation.
+        targets: for each assistant turn whether it is learnt (else it is only context);
+            None means all.
+
+    Raises:
+        ConfigError: no chat template, or the template refuses the messages.
+        DataError: no token would be trained on, or ``targets`` does not fit.
+        TrainingError: the template rewrites earlier turns, or closes a turn without a token
+            that generation could stop at.
+    """
+    turns = sum(message["role"] == "assistant" for message in messages)
+    chosen = [True] * turns if targets is None else list(targets)
+    if len(chosen) != turns:
+        raise DataError(f"There are {turns} assistant turns but {len(chosen)} targets.")
+    try:
+        pieces = _pieces(tokenizer, messages, add_generation_prompt=False)
+    except _RewritesError as exc:
+        raise TrainingError(
+            f"The chat template is not prefix-preserving (assistant turn {exc}): "
+            "it changes earlier text when turns are added.",
+            "Use a base model or chat template that only appends, such as ChatML.",
+        ) from None
+    special = _special_ids(tokenizer)
+    ids: list[int] = []
+    mask: list[bool] = []
+    for piece in pieces:
+        tokens = _encode(tokenizer, piece.text)
+        length = 0
+        if piece.turn is not None and chosen[piece.turn]:
+            length = _target_length(tokens, special)
+        ids += tokens
+        mask += [place < length for place in range(len(tokens))]
+    if not any(mask):
+        raise DataError(
+            "No token of the conversation would be trained on.", "It needs at least one target turn."
+        )
+    return Rendered(ids, mask)
+
+
+def end_of_turn_id(tokenizer: Any) -> int:
+    """The id of the token that ends an assistant turn, at which generation must stop.
+
+    Raises:
+        ConfigError: no chat template.
+        TrainingError: the template closes a turn with plain text only.
+    """
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rendered = render_training(tokenizer, messages)
+    return rendered.ids[max(place for place, target in enumerate(rendered.mask) if target)]
+
+
+def _target_length(tokens: Sequence[int], special: frozenset[int]) -> int:
+    """How many tokens of a turn are emitted: all up to its last special token, the end of turn."""
+    for place in range(len(tokens) - 1, -1, -1):
+        if tokens[place] in special:
+            return place + 1
+    raise TrainingError(
+        "The chat template closes an assistant turn without a special token: nothing to learn to stop at.",
+        "Use a chat template with an end-of-turn token, such as ChatML.",
+    )
+
+
+def _pieces(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> list[_Piece]:
+    """Cut the rendered text at the begin and end of each assistant turn."""
+    whole = _text(tokenizer, messages, add_generation_prompt)
+    pieces: list[_Piece] = []
+    done = ""
+    turn = 0
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opening = _text(tokenizer, messages[:place], True) if place else ""
+        closing = _text(tokenizer, messages[: place + 1], False)
+        if not (opening.startswith(done) and closing.startswith(opening) and whole.startswith(closing)):
+            raise _RewritesError(turn + 1)
+        pieces.append(_Piece(opening[len(done) :], None))
+        pieces.append(_Piece(closing[len(opening) :], turn))
+        done = closing
+        turn += 1
+    pieces.append(_Piece(whole[len(done) :], None))
+    return pieces
+
+
+def _text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "The tokenizer has no chat template.",
+            "Use an instruct model, or put a chat_template.jinja into its folder.",
+        )
+    with boundary(ConfigError, "applying the chat template"):
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    return text
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    # The template writes all special tokens itself, the opening one too.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = (token for token, what in tokenizer.added_tokens_decoder.items() if what.special)
+    return frozenset(tokenizer.all_special_ids) | frozenset(added)

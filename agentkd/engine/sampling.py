@@ -1,0 +1,75 @@
+"""Choosing the next token of every row of a batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Choice", "choose"]
+
+_SIZES = (64, 1024)
+"""So many of the likeliest tokens are sorted for top-p before the whole vocabulary is."""
+
+
+class Choice(NamedTuple):
+    """The tokens chosen, one a row."""
+
+    ids: list[int]
+    logprobs: list[float]
+    """Nats, under the model at temperature 1 over the whole vocabulary."""
+
+
+def choose(
+    logits: torch.Tensor,
+    temperatures: Sequence[float],
+    top_ps: Sequence[float],
+    draws: Sequence[float],
+) -> Choice:
+    """Pick a token for each row.
+
+    Each row uses its own number in [0, 1), so a row's sample depends on nothing but its logits
+    and its own random stream.
+
+    Args:
+        logits: [rows, vocabulary], any float type.
+        temperatures: 0 is greedy.
+        top_ps: 1 samples from everything.
+        draws: one uniform number for each row; unused where greedy.
+    """
+    chosen = logits.argmax(dim=-1)
+    scores = logits.float()
+    sampled = [row for row, temperature in enumerate(temperatures) if temperature > 0]
+    if sampled:
+        rows = torch.tensor(sampled, device=logits.device)
+        heat = torch.tensor([temperatures[row] for row in sampled], device=logits.device)
+        mass = torch.tensor([top_ps[row] for row in sampled], device=logits.device)
+        draw = torch.tensor([draws[row] for row in sampled], device=logits.device, dtype=torch.float64)
+        probabilities = torch.softmax(scores[rows] / heat[:, None], dim=-1)
+        if any(top_ps[row] < 1 for row in sampled):
+            probabilities = _nucleus(probabilities, mass)
+        chosen[rows] = _invert(probabilities, draw)
+    logprobs = scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(dim=-1)
+    return Choice(chosen.tolist(), logprobs.tolist())
+
+
+def _invert(probabilities: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """The token in whose share of the cumulated distribution the draw falls."""
+    cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    target = (draw * cumulated[:, -1])[:, None]
+    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp_(max=probabilities.shape[1] - 1)
+
+
+def _nucleus(probabilities: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Zero every token outside the smallest set that holds ``mass``, row by row."""
+    mass = mass.clamp(min=1e-9)  # the likeliest token always stays
+    whole = probabilities.shape[1]
+    for size in (*(size for size in _SIZES if size < whole), whole):
+        values, indices = probabilities.topk(size, dim=-1)
+        before = values.cumsum(dim=-1) - values
+        enough = (before[:, -1] >= mass) | (mass >= 1)
+        if bool(enough.all()):
+            break
+    kept = torch.zeros_like(probabilities).scatter_(1, indices, values * (before < mass[:, None]))
+    return torch.where((mass >= 1)[:, None], probabilities, kept)

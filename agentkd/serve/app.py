@@ -1,0 +1,243 @@
+"""The HTTP side: OpenAI's chat-completions contract over any number of backends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from agentkd.serve.backend import ChatBackend, ChatChoice, ChatResult, status_of
+from agentkd.serve.request import ChatRequest, RequestError, parse_request
+
+__all__ = ["create_app"]
+
+MAX_RUNNING = 256
+"""Requests worked on at a time; more wait their turn."""
+
+
+def create_app(backends: Sequence[ChatBackend]) -> FastAPI:
+    """The application: ``/v1/chat/completions``, ``/v1/models`` and ``/health``.
+
+    Args:
+        backends: the models, told apart by ``model_id``.
+    """
+    app = FastAPI(title="agentkd", docs_url=None, redoc_url=None, openapi_url=None)
+    models = {backend.model_id: backend for backend in backends}
+    started = int(time.time())
+    slots = asyncio.Semaphore(MAX_RUNNING)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(it, started) for it in models.values()]}
+
+    @app.get("/v1/models/{model_id:path}")
+    async def one_model(model_id: str) -> dict[str, Any]:
+        return _model(_find(models, model_id), started)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: Request) -> Response:
+        request = parse_request(await http.body())
+        backend = _find(models, request.model)
+        work = _Work(backend, request)
+        async with slots:
+            work.start()
+            watcher = asyncio.create_task(_watch(http, work))
+            try:
+                first = await work.events.get()
+                if isinstance(first, Exception):
+                    raise status_of(first)
+                if request.stream:
+                    return StreamingResponse(_stream(work, first), media_type="text/event-stream")
+                while not isinstance(first, ChatResult):
+                    first = await work.events.get()
+                    if isinstance(first, Exception):
+                        raise status_of(first)
+                return JSONResponse(_response(request, first))
+            finally:
+                watcher.cancel()
+                if not request.stream:
+                    work.gone.set()
+
+    @app.exception_handler(RequestError)
+    async def refused(http: Request, exc: RequestError) -> JSONResponse:
+        return JSONResponse(_error(exc), status_code=exc.status)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(http: Request, exc: HTTPException) -> JSONResponse:
+        problem = RequestError(f"{http.method} {http.url.path}: {exc.detail}", status=exc.status_code)
+        return JSONResponse(_error(problem), status_code=exc.status_code)
+
+    return app
+
+
+class _Work:
+    """A request on its way: runs the backend on a thread of its own, hands events to the loop.
+
+    Events are ``(index, piece)``, at last a ChatResult or an exception.
+    """
+
+    def __init__(self, backend: ChatBackend, request: ChatRequest) -> None:
+        self.backend, self.request = backend, request
+        self.events: asyncio.Queue[tuple[int, str] | ChatResult | Exception] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.gone = threading.Event()
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    def start(self) -> None:
+        """Begin. A daemon thread, so that a long answer never keeps the process alive."""
+        threading.Thread(target=self._run, name="agentkd-request", daemon=True).start()
+
+    def text(self, index: int, piece: str) -> None:
+        """See :class:`agentkd.serve.backend.Listener`."""
+        self._put((index, piece))
+
+    def cancelled(self) -> bool:
+        """See :class:`agentkd.serve.backend.Listener`."""
+        return self.gone.is_set()
+
+    def _run(self) -> None:
+        try:
+            self._put(self.backend.complete(self.request, self))
+        except Exception as exc:
+            # Whatever a backend raises is the answer to this request, and ends no other.
+            self._put(exc)
+
+    def _put(self, event: tuple[int, str] | ChatResult | Exception) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+async def _watch(http: Request, work: _Work) -> None:
+    """Note when the client hangs up, so that the engine does not go on for nobody."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    work.gone.set()
+
+
+async def _stream(work: _Work, event: Any) -> AsyncIterator[str]:
+    """Server-sent events. Token ids and log-probabilities come with the last piece of a choice."""
+    request = work.request
+    sent = [""] * request.n
+    try:
+        for index in range(request.n):
+            yield _chunk(work, index, {"role": "assistant", "content": ""})
+        while not isinstance(event, ChatResult):
+            if isinstance(event, Exception):
+                yield _event(_error(status_of(event)))
+                return
+            index, piece = event
+            sent[index] += piece
+            yield _chunk(work, index, {"content": piece})
+            event = await work.events.get()
+        for index, choice in enumerate(event.choices):
+            if rest := choice.text[len(sent[index]) :]:
+                yield _chunk(work, index, {"content": rest})
+            yield _chunk(work, index, {}, choice, event)
+        if request.stream_options.include_usage:
+            yield _event({**_head(work, "chat.completion.chunk"), "choices": [], "usage": _usage(event)})
+        yield "data: [DONE]\n\n"
+    finally:
+        work.gone.set()
+
+
+def _chunk(
+    work: _Work,
+    index: int,
+    delta: dict[str, str],
+    choice: ChatChoice | None = None,
+    result: ChatResult | None = None,
+) -> str:
+    body: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    extra: dict[str, Any] = {}
+    if choice is not None and result is not None:
+        body |= _facts(work.request, choice)
+        if work.request.return_token_ids:
+            extra["prompt_token_ids"] = result.prompt_token_ids
+    return _event({**_head(work, "chat.completion.chunk"), "choices": [body], **extra})
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _head(work: _Work, kind: str) -> dict[str, Any]:
+    return {"id": work.id, "object": kind, "created": work.created, "model": work.request.model}
+
+
+def _response(work_request: ChatRequest, result: ChatResult) -> dict[str, Any]:
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text},
+            **_facts(work_request, choice),
+        }
+        for index, choice in enumerate(result.choices)
+    ]
+    body: dict[str, Any] = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": work_request.model,
+        "choices": choices,
+        "usage": _usage(result),
+    }
+    if work_request.return_token_ids:
+        body["prompt_token_ids"] = result.prompt_token_ids
+    return body
+
+
+def _facts(request: ChatRequest, choice: ChatChoice) -> dict[str, Any]:
+    """What a choice carries beside its text."""
+    facts: dict[str, Any] = {"finish_reason": choice.finish_reason, "logprobs": None}
+    if request.logprobs and choice.logprobs is not None and choice.tokens is not None:
+        content = [
+            {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
+            for token, value in zip(choice.tokens, choice.logprobs, strict=True)
+        ]
+        facts["logprobs"] = {"content": content, "refusal": None}
+    if request.return_token_ids:
+        facts["token_ids"] = choice.token_ids
+    return facts
+
+
+def _usage(result: ChatResult) -> dict[str, int]:
+    return {
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": result.completion_tokens,
+        "total_tokens": result.prompt_tokens + result.completion_tokens,
+    }
+
+
+def _error(exc: RequestError) -> dict[str, Any]:
+    kind = "invalid_request_error" if exc.status < 500 else "server_error"
+    return {"error": {"message": exc.message, "type": kind, "param": exc.param, "code": exc.code}}
+
+
+def _find(models: dict[str, ChatBackend], model_id: str) -> ChatBackend:
+    if model_id not in models:
+        known = ", ".join(models)
+        raise RequestError(
+            f"The model {model_id!r} does not exist here; there is: {known}.",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+    return models[model_id]
+
+
+def _model(backend: ChatBackend, started: int) -> dict[str, Any]:
+    return {"id": backend.model_id, "object": "model", "created": started, "owned_by": backend.label}

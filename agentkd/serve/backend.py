@@ -1,0 +1,270 @@
+"""What answers chat requests: a student on the embedded engine, or the offline expert."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from agentkd.errors import ContextOverflowError, DataError, ProviderError
+from agentkd.serve.request import ChatRequest, RequestError
+
+if TYPE_CHECKING:
+    from agentkd.engine import Completion, Engine
+
+__all__ = [
+    "ChatBackend",
+    "ChatChoice",
+    "ChatRequest",
+    "ChatResult",
+    "ExpertBackend",
+    "Listener",
+    "RequestError",
+    "StudentBackend",
+    "student_backend",
+]
+
+DEFAULT_LIMIT = 1024
+"""Sampled tokens of a choice when the client sets no limit."""
+
+
+@dataclass(frozen=True)
+class ChatChoice:
+    """One answer."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    """Nats, one for each of ``tokens``."""
+    tokens: tuple[str, ...] | None = None
+    """The text of each token."""
+
+
+@dataclass(frozen=True)
+class ChatResult:
+    """The answers to a request, and what they cost."""
+
+    choices: tuple[ChatChoice, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_token_ids: tuple[int, ...] | None = None
+
+
+class Listener(Protocol):
+    """The other end of a request, as a backend sees it. Called from any thread."""
+
+    def text(self, index: int, piece: str) -> None:
+        """The text of choice ``index`` goes on with ``piece``."""
+
+    def cancelled(self) -> bool:
+        """True when nobody waits for the answer any more."""
+
+
+class ChatBackend(Protocol):
+    """A model of the endpoint. ``complete`` is called from many threads at a time."""
+
+    model_id: str
+    label: str
+    """What it is, in words, for the list of models."""
+
+    def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
+        """Answer a request.
+
+        Args:
+            request: what to answer.
+            listener: may be told of text while it comes, and asked whether to go on.
+
+        Raises:
+            RequestError: this model cannot serve such a request.
+            ContextOverflowError: the conversation is too long.
+        """
+
+
+class StudentBackend:
+    """A model on an engine, asked with exactly the tokens it was trained on.
+
+    Without a temperature in the request a single answer is greedy, and several are sampled at 1.
+
+    Args:
+        engine: generates; closed by :meth:`close`.
+        tokenizer: with a chat template.
+        model_id: the name in requests.
+        label: what it is, in words.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any, model_id: str, label: str = "agentkd") -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.model_id, self.label = model_id, label
+
+    def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
+        """See :class:`ChatBackend`."""
+        from agentkd.engine.render import render_prompt
+
+        try:
+            prompt = render_prompt(
+                self.tokenizer,
+                request.plain_messages(),
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+            )
+        except DataError as exc:
+            raise RequestError(str(exc), param="messages") from exc
+        follower = _Follower(self.tokenizer, request, listener) if listener is not None else None
+        temperature = request.temperature
+        if temperature is None:
+            temperature = 0.0 if request.n == 1 else 1.0
+        completions = self.engine.generate(
+            prompt,
+            n=request.n,
+            max_new_tokens=request.limit or DEFAULT_LIMIT,
+            temperature=temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            stop=tuple(request.stop),
+            on_token=follower.add if follower is not None else None,
+        )
+        return ChatResult(
+            choices=tuple(self._choice(done, request) for done in completions),
+            prompt_tokens=len(prompt),
+            completion_tokens=sum(len(done.token_ids) for done in completions),
+            prompt_token_ids=tuple(prompt),
+        )
+
+    def _choice(self, done: Completion, request: ChatRequest) -> ChatChoice:
+        tokens = None
+        if request.logprobs:
+            tokens = tuple(self.tokenizer.decode([token]) for token in done.token_ids)
+        return ChatChoice(done.text, done.finish_reason, done.token_ids, done.logprobs, tokens)
+
+    def close(self) -> None:
+        """End the engine."""
+        self.engine.close()
+
+
+class _Cancelled(ProviderError):
+    """Nobody waits for the answer."""
+
+
+class _Follower:
+    """Turns the tokens of a request into pieces of text as they come."""
+
+    def __init__(self, tokenizer: Any, request: ChatRequest, listener: Listener) -> None:
+        self.tokenizer, self.listener = tokenizer, listener
+        self.streams, self.stops = request.stream, request.stop
+        self.ids: list[list[int]] = [[] for _ in range(request.n)]
+        self.sent = [0] * request.n
+
+    def add(self, index: int, token: int) -> None:
+        """Take one token; called by the engine."""
+        if self.listener.cancelled():
+            raise _Cancelled("The client is gone.")
+        if not self.streams:
+            return
+        self.ids[index].append(token)
+        text: str = self.tokenizer.decode(
+            self.ids[index], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        safe = len(text) - _held_back(text, self.stops)
+        if safe > self.sent[index]:
+            self.listener.text(index, text[self.sent[index] : safe])
+            self.sent[index] = safe
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """How many last characters may still change or turn out to be part of a stop string."""
+    for stop in stops:
+        if (at := text.find(stop)) >= 0:
+            return len(text) - at
+    begun = [size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+    broken = len(text) - len(text.rstrip("\ufffd"))
+    return max([broken, *begun])
+
+
+@dataclass
+class ExpertBackend:
+    """The offline expert behind the same contract. It has no tokens, so counts are estimates."""
+
+    expert: Any
+    """An :class:`agentkd.expert.Expert`."""
+    model_id: str = "offline-expert"
+    label: str = field(default="offline expert (programmatic)")
+
+    def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
+        """See :class:`ChatBackend`; refuses what only a language model has."""
+        for name in ("logprobs", "return_token_ids", "continue_final_message"):
+            if getattr(request, name):
+                raise RequestError(
+                    f"{self.model_id} is a program, not a language model: it has no {name}.",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+        messages = request.plain_messages()
+        texts = self.expert.complete(
+            messages,
+            n=request.n,
+            temperature=request.temperature if request.temperature is not None else float(request.n > 1),
+            seed=request.seed,
+        )
+        cut = [_cut(text, request) for text in texts]
+        return ChatResult(
+            choices=tuple(choice for choice, _ in cut),
+            prompt_tokens=sum(len(_pieces(message["content"])) + 4 for message in messages),
+            completion_tokens=sum(count for _, count in cut),
+        )
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def _cut(text: str, request: ChatRequest) -> tuple[ChatChoice, int]:
+    """Apply stop strings and the token limit to a finished text; also counts its tokens."""
+    found = [at for stop in request.stop if stop and (at := text.find(stop)) >= 0]
+    text = text[: min(found)] if found else text
+    pieces = _pieces(text)
+    limit = request.limit
+    if limit is not None and len(pieces) > limit:
+        return ChatChoice("".join(pieces[:limit]), "length"), limit
+    return ChatChoice(text, "stop"), len(pieces) + 1
+
+
+def _pieces(text: str) -> list[str]:
+    """A text in pieces of about a token: short words, single digits and signs."""
+    return re.findall(r"\s*(?:[^\W\d]{1,7}|\d|[^\w\s])|\s+$", text)
+
+
+def student_backend(path: Path | str, *, max_batch: int = 32, threads: int | None = None) -> StudentBackend:
+    """A backend for a student folder; close it when done.
+
+    Args:
+        path: what ``agentkd distill`` wrote.
+        max_batch: samples decoded at the same time.
+        threads: CPU threads.
+
+    Raises:
+        ConfigError: not a finished student folder, or its base model is another one.
+    """
+    from agentkd.engine.student import check_base, load_student
+    from agentkd.engine.torch_engine import TorchEngine
+    from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model
+
+    folder = Path(path)
+    student = load_student(folder)
+    base = resolve_model(student.base)
+    check_base(student, model_hash(base))
+    engine = TorchEngine.load(base, adapter=student.adapter, max_batch=max_batch, threads=threads)
+    label = f"agentkd {student.kind} student of {student.base}"
+    return StudentBackend(engine, load_tokenizer(folder), folder.resolve().name, label)
+
+
+def status_of(exc: Exception) -> RequestError:
+    """The HTTP error for whatever a backend raised."""
+    if isinstance(exc, RequestError):
+        return exc
+    if isinstance(exc, ContextOverflowError):
+        return RequestError(str(exc), param="messages", code="context_length_exceeded")
+    if isinstance(exc, ProviderError):
+        return RequestError(str(exc), status=503, code="unavailable")
+    return RequestError(f"{type(exc).__name__}: {exc}", status=500, code="internal_error")

@@ -1,0 +1,161 @@
+"""A chat-completions request: what is accepted, and what is refused instead of ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+__all__ = ["ChatRequest", "RequestError", "parse_request"]
+
+MAX_CHOICES = 128
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "logit_bias": ({},),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "best_of": (1,),
+    "echo": (False,),
+    "use_beam_search": (False,),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "logits_processors": ([],),
+}
+"""Fields that change what is generated and are not supported, with the values that ask for nothing."""
+
+
+class RequestError(Exception):
+    """The request cannot be served; becomes an OpenAI-shaped error with this status.
+
+    Args:
+        message: what is wrong.
+        status: HTTP status.
+        param: the field at fault.
+        code: OpenAI's short name of the error.
+    """
+
+    def __init__(
+        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message, self.status, self.param, self.code = message, status, param, code
+
+
+class _Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return "".join(_Part.model_validate(part).text for part in value)
+        return "" if value is None else value
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates want it: "developer" is OpenAI's newer name of "system"."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class _StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """A valid request. Frozen; unknown fields that change nothing ("user", "metadata") are dropped."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model: str
+    messages: list[_Message] = Field(min_length=1)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    """None: the backend decides."""
+    top_p: float = Field(default=1.0, ge=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """The newer name of ``max_tokens``; counts when both are given."""
+    stop: list[str] = Field(default=[], max_length=64)
+    seed: int | None = None
+    stream: bool = False
+    stream_options: _StreamOptions = _StreamOptions()
+    logprobs: bool = False
+    return_token_ids: bool = False
+    """Adds ``prompt_token_ids`` to the response and ``token_ids`` to each choice."""
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """Go on with the last message, an assistant's, instead of answering it."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def limit(self) -> int | None:
+        """Sampled tokens of each choice, where the client set a limit."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def plain_messages(self) -> list[dict[str, str]]:
+        """The conversation as ``{"role", "content"}`` with text only."""
+        return [message.plain() for message in self.messages]
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Read the body of a request.
+
+    Raises:
+        RequestError: no JSON, a wrong type or value, or a field that is not supported.
+    """
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        raise RequestError(f"The body is not valid JSON: {exc}") from exc
+    if not isinstance(data, dict):
+        raise RequestError("The body must be a JSON object.")
+    given = {name: value for name, value in data.items() if value is not None}
+    for name, neutral in _NEUTRAL.items():
+        if name in given and not any(_same(given[name], it) for it in neutral):
+            raise RequestError(
+                f"{name!r} is not supported by this server.", param=name, code="unsupported_parameter"
+            )
+    try:
+        request = ChatRequest.model_validate(given)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(it) for it in first["loc"])
+        raise RequestError(f"{where}: {first['msg']}", param=where or None, code="invalid_value") from exc
+    if request.continue_final_message and request.messages[-1].role != "assistant":
+        raise RequestError(
+            "continue_final_message needs an assistant message at the end.", param="continue_final_message"
+        )
+    return request
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    # True == 1 in Python, but "echo: 1" or "top_k: false" is not what the field means.
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)

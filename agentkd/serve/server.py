@@ -1,0 +1,128 @@
+"""Running the application: in a thread for as long as a block lasts, or until it is stopped."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import uvicorn
+
+from agentkd.errors import ConfigError, ProviderError
+from agentkd.serve.app import create_app
+from agentkd.serve.backend import ChatBackend, student_backend
+
+__all__ = ["Server", "serve_forever", "serve_student"]
+
+_GRACE = 2
+"""Seconds that running requests get when the server stops."""
+
+
+class Server:
+    """Serves an application on a thread until the block ends.
+
+    ::
+
+        with Server(create_app([backend])) as server:
+            print(server.url)  # http://127.0.0.1:PORT/v1
+
+    Args:
+        app: from :func:`agentkd.serve.create_app`.
+        host: address to listen on.
+        port: 0 takes a free one.
+    """
+
+    def __init__(self, app: Any, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._socket = _listen(host, port)
+        self.host, self.port = host, int(self._socket.getsockname()[1])
+        self._server = _uvicorn(app)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="agentkd-server", daemon=True
+        )
+
+    @property
+    def url(self) -> str:
+        """The base URL that OpenAI clients want; ends in ``/v1``."""
+        return _url(self.host, self.port)
+
+    def start(self) -> Self:
+        """Listen; returns when requests are answered.
+
+        Raises:
+            ProviderError: it did not come up.
+        """
+        self._thread.start()
+        while not self._server.started:
+            self._thread.join(0.005)
+            if not self._thread.is_alive():
+                self._socket.close()
+                raise ProviderError("The server did not start.")
+        return self
+
+    def stop(self) -> None:
+        """Stop listening, give running requests two seconds, then end."""
+        self._server.should_exit = True
+        self._thread.join(_GRACE + 8)
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+def serve_forever(backends: Sequence[ChatBackend], *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve on the calling thread until SIGINT or SIGTERM. Says where on stderr.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+        KeyboardInterrupt: after a clean stop by Ctrl-C.
+    """
+    listener = _listen(host, port)
+    url = _url(host, int(listener.getsockname()[1]))
+    for backend in backends:
+        print(f"Serving {backend.model_id} ({backend.label}) at {url}. Ctrl-C stops.", file=sys.stderr)
+    try:
+        _uvicorn(create_app(backends)).run([listener])
+    finally:
+        listener.close()
+
+
+def serve_student(path: Path | str, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve a student folder until stopped; see :func:`serve_forever`."""
+    backend = student_backend(path)
+    try:
+        serve_forever([backend], host=host, port=port)
+    finally:
+        backend.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(512)
+    except (OSError, OverflowError) as exc:
+        raise ConfigError(
+            f"Cannot listen on {host}:{port}: {exc}.", "Choose another --port or --host."
+        ) from exc
+    return listener
+
+
+def _url(host: str, port: int) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/v1"
+
+
+def _uvicorn(app: Any) -> uvicorn.Server:
+    # No log configuration: uvicorn's would write requests to stdout, which belongs to the caller.
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE
+    )
+    return uvicorn.Server(config)
