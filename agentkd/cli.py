@@ -37,6 +37,10 @@ Sandbox = Annotated[
 
 def main() -> None:
     """Entry point: errors become one line and an exit code, see :mod:`agentkd.errors`."""
+    import warnings
+
+    # Deprecations inside transformers and peft are nothing a user of this command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app(standalone_mode=False)
     except typer.Exit as exc:

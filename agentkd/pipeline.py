@@ -211,6 +211,7 @@ def _collect_config(
             temperature=teacher.temperature,
             max_tokens=teacher.max_tokens,
             sandbox=recipe.sandbox,
+            search_k=recipe.search_k,
         ),
         workers=teacher.workers,
         labels=labels,
@@ -263,7 +264,7 @@ def _evaluate(
         from agentkd.system import open_system
 
         with open_system(what, kind=kind, sandbox=recipe.sandbox, max_tokens=recipe.max_tokens) as system:
-            yield system
+            yield system._replace(config=system.config.model_copy(update={"search_k": recipe.search_k}))
 
     result, trajectories = run_evaluation(
         label,
@@ -307,6 +308,7 @@ def _ask(recipe: Recipe, out: Path, test: _Data) -> dict[str, str] | None:
                 api_base=server.url,
                 prompt=student.system_prompt,
                 sandbox=recipe.sandbox,
+                search_k=recipe.search_k,
                 max_tokens=recipe.max_tokens,
             )
             agent = agent_factory(config, search_tools(test.passages, config.search_k))

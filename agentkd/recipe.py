@@ -78,6 +78,8 @@ class Recipe(_Part):
     """Families that the report also shows pooled."""
     sandbox: str | None = None
     """Where model-written code runs: "local"."""
+    search_k: int = Field(default=3, ge=1)
+    """Passages that one search returns, for teacher and students alike."""
     max_tokens: int = Field(default=256, ge=1)
     """Sampled tokens of one step at evaluation."""
     notes: tuple[str, ...] = ()
@@ -137,6 +139,7 @@ def quickstart_recipe(size: Literal["tiny", "demo", "full"]) -> Recipe:
         base_n={"tiny": 4, "demo": 40, "full": 96}[size],
         groups={"arithmetic (pooled)": ARITHMETIC},
         sandbox="local",
+        search_k=2,
         max_tokens=160,
         notes=_NOTES,
         ask="What is 48271 times 9163?",
@@ -166,7 +169,7 @@ def _test_mix(size: str) -> tuple[TaskMix, ...]:
 
 
 def _students(size: str) -> dict[str, StudentRecipe]:
-    steps = {"tiny": 3, "demo": 64, "full": 64}[size]
+    steps = {"tiny": 3, "demo": 60, "full": 60}[size]
     few = {"tiny": 4, "demo": 48, "full": None}[size]
     students = {
         "CoT-distilled": StudentRecipe(kind="cot", settings={"steps": steps}, evaluate_n=few),

@@ -244,7 +244,7 @@ def write_manifest(
 @cache
 def provenance() -> dict[str, Any]:
     """Versions of everything that matters, and the git commit where there is one."""
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    versions = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for name in ("agentkd", "smolagents", "openai", "torch", "transformers", "peft", "vllm"):
         try:
             versions[name] = metadata.version(name)

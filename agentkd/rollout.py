@@ -107,7 +107,7 @@ def _run(agent: StepAgent, task: Task) -> tuple[str | None, StopReason, Failure 
     if last is not None and last.is_final:
         return text, StopReason.FINAL_ANSWER, None
     if agent.kind == "cot":
-        return None, StopReason.OUTPUT_LIMIT if _cut_off(last) else StopReason.MAX_STEPS, None
+        return None, StopReason.OUTPUT_LIMIT if _cut_off(last) else StopReason.NO_ANSWER, None
     return text, StopReason.MAX_STEPS, None
 
 

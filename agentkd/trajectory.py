@@ -38,6 +38,8 @@ class StopReason(StrEnum):
     """The step limit was reached without an answer."""
     OUTPUT_LIMIT = "output_limit"
     """A chain of thought was cut off by its token limit before it answered."""
+    NO_ANSWER = "no_answer"
+    """A chain of thought ended without an answer line."""
     CONTEXT_OVERFLOW = "context_overflow"
     """The conversation no longer fitted the model's context."""
     TIMEOUT = "timeout"

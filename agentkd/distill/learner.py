@@ -7,6 +7,7 @@ forward pass, one example at a time: slower, with the same result.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -72,7 +73,9 @@ class Learner:
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(config.seed)
-        with boundary(TrainingError, f"adding adapters to {config.base}"):
+        with boundary(TrainingError, f"adding adapters to {config.base}"), warnings.catch_warnings():
+            # peft still asks transformers by names that are on their way out.
+            warnings.simplefilter("ignore", FutureWarning)
             self.peft = get_peft_model(model, lora)
         self.peft.peft_config["default"].base_model_name_or_path = config.base
         self.model: Any = model

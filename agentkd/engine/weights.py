@@ -64,7 +64,7 @@ def _checked_folder(folder: Path) -> Path:
     if (folder / "student.json").is_file():
         raise ConfigError(
             f"{folder} is a student folder, not a base model.",
-            "Give the base model that it was distilled from.",
+            "Give its base model.",
         )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is not a model folder: it has no config.json.", "Give another folder.")
@@ -216,7 +216,7 @@ def load_model(path: Path, dtype: Any = None) -> Any:
     with boundary(ConfigError, "importing torch and transformers", _TRAIN_HINT):
         from transformers import AutoModelForCausalLM
     with (
-        boundary(ConfigError, f"loading the model in {path}", "Is it a complete causal language model?"),
+        boundary(ConfigError, f"loading the model in {path}", "Is the folder complete?"),
         _quiet(),
     ):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
@@ -231,7 +231,7 @@ def load_tokenizer(path: Path) -> Any:
     with boundary(ConfigError, "importing transformers", _TRAIN_HINT):
         from transformers import AutoTokenizer
     with (
-        boundary(ConfigError, f"loading the tokenizer in {path}", "Are the tokenizer's files there?"),
+        boundary(ConfigError, f"loading the tokenizer in {path}", "Is the folder complete?"),
         _quiet(),
     ):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)

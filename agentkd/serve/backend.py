@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -183,14 +183,18 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
     return max([broken, *begun])
 
 
-@dataclass
 class ExpertBackend:
-    """The offline expert behind the same contract. It has no tokens, so counts are estimates."""
+    """The offline expert behind the same contract. It has no tokens, so counts are estimates.
 
-    expert: Any
-    """An :class:`agentkd.expert.Expert`."""
-    model_id: str = "offline-expert"
-    label: str = field(default="offline expert (programmatic)")
+    Args:
+        expert: an :class:`agentkd.expert.Expert`.
+    """
+
+    def __init__(self, expert: Any) -> None:
+        from agentkd.expert import EXPERT_LABEL, EXPERT_MODEL_ID
+
+        self.expert = expert
+        self.model_id, self.label = EXPERT_MODEL_ID, EXPERT_LABEL
 
     def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
         """See :class:`ChatBackend`; refuses what only a language model has."""

@@ -100,7 +100,7 @@ def test_a_last_call_is_made_only_when_asked_for(run: Any) -> None:
 def test_chain_of_thought_answers_once(run: Any) -> None:
     record = run(["Three and four.\nAnswer: 7"], kind="cot")
     assert (record.answer, record.kind, record.correct) == ("7", "cot", True)
-    assert run(["Three and four."], kind="cot").stop_reason == StopReason.MAX_STEPS
+    assert run(["Three and four."], kind="cot").stop_reason == StopReason.NO_ANSWER
 
 
 def test_time_is_up(run: Any) -> None:

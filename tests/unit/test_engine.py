@@ -200,7 +200,8 @@ def test_the_context_limits_prompt_and_answer(engine: TorchEngine) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"prompt_ids": []}, {"prompt_ids": [VOCABULARY]}, {"prompt_ids": [3], "n": 0}, {"prompt_ids": [-1]}]
+    "bad",
+    [{"prompt_ids": []}, {"prompt_ids": [VOCABULARY]}, {"prompt_ids": [3], "n": 0}, {"prompt_ids": [-1]}],
 )
 def test_bad_arguments_are_refused(engine: TorchEngine, bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
