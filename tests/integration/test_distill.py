@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -225,9 +224,6 @@ def test_other_settings_or_data_do_not_overwrite_a_student(
 
 
 def test_a_checkpoint_of_other_settings_is_refused(base: Path, kept: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
     def stop(step_: int, steps: int, loss: float) -> None:
         if step_ == 4:
             raise KeyboardInterrupt
@@ -299,7 +295,9 @@ def test_the_real_model_is_rendered_as_its_own_template_says(smollm2: Any) -> No
         {"role": "user", "content": "Observation:\n408"},
         {"role": "assistant", "content": "Thought: done.\n```python\nfinal_answer(408)\n```"},
     ]
-    whole = smollm2(smollm2.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+    whole = smollm2(smollm2.apply_chat_template(messages, tokenize=False), add_special_tokens=False)[
+        "input_ids"
+    ]
     rendered = render_training(smollm2, messages)
     assert rendered.ids == whole
     assert end_of_turn_id(smollm2) == smollm2.eos_token_id == 2
