@@ -169,7 +169,7 @@ def _test_mix(size: str) -> tuple[TaskMix, ...]:
 
 
 def _students(size: str) -> dict[str, StudentRecipe]:
-    steps = {"tiny": 3, "demo": 60, "full": 60}[size]
+    steps = {"tiny": 3, "demo": 48, "full": 64}[size]
     few = {"tiny": 4, "demo": 48, "full": None}[size]
     students = {
         "CoT-distilled": StudentRecipe(kind="cot", settings={"steps": steps}, evaluate_n=few),

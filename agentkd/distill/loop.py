@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import shutil
@@ -161,9 +162,12 @@ def _save(
         "parameters": [value.detach() for value in parameters],
         "optimizer": optimizer.state_dict(),
     }
+    # Through memory: torch would report a full disk as something else.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     partial = out / "checkpoint.pt.partial"
     with boundary(TrainingError, f"writing {partial}"), partial.open("wb") as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     partial.replace(out / "checkpoint.pt")

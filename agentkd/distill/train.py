@@ -6,7 +6,6 @@ from which the same call goes on with the very numbers it would have had without
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -121,6 +120,8 @@ def _close(
 @contextmanager
 def _only_one(out: Path) -> Iterator[None]:
     """Hold the folder for this process; the lock goes with the process, however it ends."""
+    import fcntl
+
     with boundary(ConfigError, f"opening {out}", "Choose another --out."):
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -9,6 +9,7 @@ another in the middle of a matrix product.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -170,7 +171,9 @@ class TorchEngine:
 
 
 def _merge(model: Any, adapter: Path) -> Any:
-    with boundary(ConfigError, f"merging the adapter in {adapter}", "Was it trained on this base model?"):
+    doing, hint = f"merging the adapter in {adapter}", "Was it trained on this base model?"
+    with boundary(ConfigError, doing, hint), warnings.catch_warnings():
         from peft import PeftModel
 
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, not the user's
         return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()

@@ -193,7 +193,7 @@ def test_a_run_killed_twice_ends_with_the_same_curve(
     run_until_killed(kept, out, config, 7)  # behind the one of step 6
     with (out / "loss.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # a line torn by the crash
-    with pytest.raises(ConfigError, match="not a student folder|not finished"):
+    with pytest.raises(ConfigError, match="is not a student folder"):
         load_student(out)
     again: list[int] = []
     distill(kept, out, config, lambda step_, steps, loss: again.append(step_))
@@ -232,6 +232,9 @@ def test_a_checkpoint_of_other_settings_is_refused(base: Path, kept: Path, tmp_p
         distill(kept, tmp_path, settings(base), stop)
     with pytest.raises(ConfigError, match="a training with other settings"):
         distill(kept, tmp_path, settings(base, seed=1))
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(TrainingError, match=r"reading .*checkpoint\.pt"):
+        distill(kept, tmp_path, settings(base))
 
 
 def test_a_second_process_is_refused(base: Path, kept: Path, tmp_path: Path) -> None:

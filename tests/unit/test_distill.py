@@ -73,7 +73,9 @@ def test_a_failed_step_is_context_and_not_learnt(tokenizer: Any) -> None:
 
 
 def test_what_follows_the_last_learnt_turn_is_left_out(tokenizer: Any) -> None:
-    item = trajectory("a", step(1, "x", "Observation:\nseen"), step(2, "oops", "Observation:\nno", failed=True))
+    item = trajectory(
+        "a", step(1, "x", "Observation:\nseen"), step(2, "oops", "Observation:\nno", failed=True)
+    )
     (example,) = build_examples([item], tokenizer, CONFIG).examples
     assert "seen" not in tokenizer.decode(example.ids)
     assert example.mask[-2:] == [True, False]  # the end token, then the template's newline

@@ -28,7 +28,9 @@ ENDLESS = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
-TEXT = "Thought: I need the sum, so I add.\n\n```python\nprint(1 + 2)\nfinal_answer(x)\n```\n\n  Observation:\n"
+TEXT = (
+    "Thought: I need the sum, so I add.\n\n```python\nprint(1 + 2)\nfinal_answer(x)\n```\n\n  Observation:\n"
+)
 
 
 def small_tokenizer(template: str | None = CHATML) -> Any:
@@ -42,7 +44,9 @@ def small_tokenizer(template: str | None = CHATML) -> Any:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator([TEXT, "\n\n\n\n   \n\n", "Observation:\nassistant\nuser\nsystem\n"] * 3, trainer)
+    model.train_from_iterator(
+        [TEXT, "\n\n\n\n   \n\n", "Observation:\nassistant\nuser\nsystem\n"] * 3, trainer
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=model,
         eos_token="<|im_end|>",
@@ -62,7 +66,15 @@ def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-CONTENTS = ("Thought: x", "\n\nleads with newlines", "  spaces  ", "ends\n\n", "", "größer 漢字 🙂", "```python\n1\n```")
+CONTENTS = (
+    "Thought: x",
+    "\n\nleads with newlines",
+    "  spaces  ",
+    "ends\n\n",
+    "",
+    "größer 漢字 🙂",
+    "```python\n1\n```",
+)
 
 
 def conversation(seed: int) -> list[dict[str, str]]:
@@ -104,7 +116,12 @@ def test_a_turn_that_starts_with_a_newline_would_be_merged_with_the_prompt_other
 
 
 def test_turns_that_are_no_targets_are_context_only(tokenizer: Any) -> None:
-    messages = [message("user", "q"), message("assistant", "bad"), message("user", "e"), message("assistant", "good")]
+    messages = [
+        message("user", "q"),
+        message("assistant", "bad"),
+        message("user", "e"),
+        message("assistant", "good"),
+    ]
     both = render_training(tokenizer, messages)
     second = render_training(tokenizer, messages, [False, True])
     assert second.ids == both.ids
