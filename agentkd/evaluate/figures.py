@@ -304,7 +304,7 @@ def comparison_table(results: Sequence[SystemResult], *, title: str | None = Non
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(_printable(title)) if title else None, box=box.SIMPLE_HEAD)
+    table = Table(title=Text(_printable(title)) if title else None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("")
     for result in results:
         table.add_column(Text(_printable(result.label)), justify="right", overflow="fold")
@@ -323,7 +323,7 @@ def comparison_table(results: Sequence[SystemResult], *, title: str | None = Non
     cells = [result.overall for result in results]
     row("tokens/task", [_number(cell.tokens_per_task, 0) for cell in cells])
     row("  of which sampled", [_number(cell.output_tokens_per_task, 0) for cell in cells])
-    row("seconds/task (median)", [_number(cell.seconds_per_task, 2) for cell in cells])
+    row("median seconds/task", [_number(cell.seconds_per_task, 2) for cell in cells])
     row("steps/task", [_number(cell.steps_per_task, 1) for cell in cells])
     if any(cell.errors for cell in cells):
         row("errored runs (not in n)", [cell.errors for cell in cells], "yellow")
