@@ -22,7 +22,7 @@ from agentkd import prompt as prompts
 from agentkd.errors import ProviderError
 from agentkd.model import provider_error
 from agentkd.sandbox import CodeFailure, Sandbox, open_sandbox
-from agentkd.trajectory import Failure, Step, Usage
+from agentkd.trajectory import Failure, Step, Usage, valid_text
 
 __all__ = ["Parsed", "RolloutTimeout", "StepAgent", "build_agent", "parse_action"]
 
@@ -141,7 +141,7 @@ class StepAgent(CodeAgent):
             yield from self._act(memory_step, step)
 
     def _new_step(self, answer: ChatMessage, seconds: float) -> Step:
-        raw = str(answer.content)
+        raw = valid_text(str(answer.content))
         choice, response = _raw_choice(answer)
         used = answer.token_usage
         return Step(

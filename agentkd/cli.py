@@ -42,9 +42,10 @@ def main() -> None:
     # Deprecations inside transformers and peft are nothing a user of this command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app(standalone_mode=False)
-    except typer.Exit as exc:
-        sys.exit(exc.exit_code)
+        code = app(standalone_mode=False)  # typer returns 130 for Ctrl-C, and the code of an Exit
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
         _complain("Stopped. What is finished is kept; run the same command again to go on.")
         _leave(130)
@@ -52,11 +53,13 @@ def main() -> None:
         _complain(f"Error: {exc.message}", exc.hint)
         _leave(exc.exit_code)
     except OSError as exc:
-        _complain(f"Error: {exc.strerror or exc} ({exc.filename})" if exc.filename else f"Error: {exc}")
+        where = f" ({exc.filename})" if exc.filename else ""
+        _complain(f"Error: {exc.strerror or exc}{where}", "Is the disk full, or the folder not writable?")
         _leave(7)
     except Exception as exc:
         if hasattr(exc, "format_message"):  # click's own usage errors
-            _complain(f"Error: {exc.format_message()}", "See --help.")
+            if exc.format_message():  # empty when no argument was given, and help has been printed
+                _complain(f"Error: {exc.format_message()}", "See --help.")
             _leave(2)
         if type(exc).__name__ == "ValidationError":
             _complain(f"Error: {_first_problem(exc)}", "See --help.")
@@ -72,8 +75,9 @@ def _first_problem(exc: Any) -> str:
 
 def _complain(*lines: str) -> None:
     for line in lines:
-        if line:
-            print(line, file=sys.stderr)
+        if line:  # an endpoint's error may have line ends and control characters in it
+            plain = "".join(char if char.isprintable() else " " for char in line)
+            print(" ".join(plain.split()), file=sys.stderr)
 
 
 def _leave(code: int) -> None:

@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from agentkd.agent_config import AgentConfig, agent_factory, search_tools
 from agentkd.errors import ConfigError, DataError
 from agentkd.model import check_endpoint
-from agentkd.record import iter_jsonl, load_tasks, read_json, write_jsonl, write_manifest
+from agentkd.record import iter_jsonl, load_tasks, read_json, write_json, write_jsonl, write_manifest
 from agentkd.retrieval import Passage
 from agentkd.rollout import Progress, run_rollouts
+from agentkd.scorer import check_scorers
 from agentkd.task import Task
 from agentkd.taskset import load_taskset
 from agentkd.trajectory import Trajectory
@@ -75,16 +76,18 @@ def collect(
         raise ConfigError(
             "No endpoint was given.", "Pass --api-base http://HOST:PORT/v1, or --teacher expert."
         )
-    if config.agent.kind == "agent" and config.agent.sandbox is None:
+    if config.agent.kind == "agent":
         from agentkd.sandbox import open_sandbox
 
-        open_sandbox(None)  # raises the error that explains the choice
+        open_sandbox(config.agent.sandbox)  # raises the error that explains the choice
     tasks, passages = _inputs(config, out)
     log = out / "trajectories.jsonl"
     wanted = len(tasks) * config.samples
+    tools = search_tools(passages, config.agent.search_k)
+    check_scorers(tasks)
     if _finished(log) < wanted:
         check_endpoint(config.agent.api_base, config.agent.model, config.agent.api_key)
-    tools = search_tools(passages, config.agent.search_k)
+    _begin(config, out, tasks, passages)  # only now: a mistake above must not bind the folder to it
     trajectories = run_rollouts(
         tasks,
         agent_factory(config.agent, tools),
@@ -117,7 +120,7 @@ def _finished(log: Path) -> int:
 
 
 def _inputs(config: CollectConfig, out: Path) -> tuple[Sequence[Task], Sequence[Passage]]:
-    """The run's tasks and passages, written on the first start and compared on every later one."""
+    """The run's tasks and passages, compared with those of the first start."""
     taskset = load_taskset(config.tasks, config.split, config.n, config.seed)
     if not taskset.tasks:
         raise DataError(f"The taskset {config.tasks!r} has no tasks.", "Check --tasks, --split and --n.")
@@ -128,23 +131,42 @@ def _inputs(config: CollectConfig, out: Path) -> tuple[Sequence[Task], Sequence[
             "Choose another --out, or give the settings of that run.",
         )
     _same_agent(out, config)
-    write_jsonl(stored, taskset.tasks)
     passages: Sequence[Passage] = taskset.passages
     if config.corpus is not None:
         passages = list(iter_jsonl(config.corpus, Passage))
+    if stored.is_file() and _passages(out) != list(passages):
+        raise ConfigError(
+            f"{out} holds a run with another corpus.", "Choose another --out, or give that corpus."
+        )
+    return taskset.tasks, passages
+
+
+def _passages(out: Path) -> list[Passage]:
+    path = out / "passages.jsonl"
+    return list(iter_jsonl(path, Passage)) if path.is_file() else []
+
+
+def _begin(config: CollectConfig, out: Path, tasks: Sequence[Task], passages: Sequence[Passage]) -> None:
+    """Write what later starts are compared with; the tasks last."""
+    if not (out / "config.json").is_file():
+        write_json(out / "config.json", _settings(config))
     if passages:
         write_jsonl(out / "passages.jsonl", passages)
-    return taskset.tasks, passages
+    write_jsonl(out / "tasks.jsonl", tasks)
+
+
+def _settings(config: CollectConfig) -> dict[str, Any]:
+    """The settings of a run, without those that may change when it goes on."""
+    settings: dict[str, Any] = config.model_dump(mode="json")
+    settings.pop("workers")
+    settings["agent"].pop("api_base")  # the same model may be served elsewhere now
+    settings["agent"].pop("timeout")
+    return settings
 
 
 def _same_agent(out: Path, config: CollectConfig) -> None:
     """A run is made by one agent: going on with another one would mix two teachers unseen."""
-    path = out / "config.json"
-    settings: dict[str, Any] = config.model_dump(mode="json")
-    for changeable in ("workers",):
-        settings.pop(changeable)
-    settings["agent"].pop("api_base")  # the same model may be served elsewhere now
-    settings["agent"].pop("timeout")
+    path, settings = out / "config.json", _settings(config)
     if path.is_file():
         theirs = read_json(path)
         changed = sorted(
@@ -155,7 +177,3 @@ def _same_agent(out: Path, config: CollectConfig) -> None:
                 f"{out} was begun with other settings of the agent ({', '.join(changed)}).",
                 "Choose another --out, or give the settings of that run.",
             )
-        return
-    from agentkd.record import write_json
-
-    write_json(path, settings)

@@ -58,6 +58,8 @@ def provider_error(exc: Exception) -> AgentkdError:
         getattr(exc, "code", None) == "context_length_exceeded" or "context length" in text
     ):
         return ContextOverflowError("The conversation no longer fits the model's context.")
+    if isinstance(exc, UnicodeEncodeError) and exc.encoding == "ascii":
+        return ConfigError("The key has characters that cannot be sent.", "Check --api-key, OPENAI_API_KEY.")
     if isinstance(exc, openai.APITimeoutError):
         return ProviderError("The endpoint did not answer in time.", "Raise --timeout or lower --workers.")
     if isinstance(exc, openai.APIConnectionError):
@@ -66,12 +68,13 @@ def provider_error(exc: Exception) -> AgentkdError:
         return ProviderError("The endpoint refused the key.", "Set --api-key or OPENAI_API_KEY.")
     if isinstance(exc, openai.NotFoundError):
         return ProviderError(
-            f"The endpoint does not know this model or path: {text}", "Check --model, --api-base."
+            f"The endpoint does not know this model or path: {text[:300]}", "Check --model, --api-base."
         )
     if isinstance(exc, openai.APIStatusError):
         return ProviderError(f"The endpoint answered with status {exc.status_code}: {text[:300]}")
     return ProviderError(
-        f"The endpoint's answer is not a chat completion ({type(exc).__name__}: {text[:300]})."
+        f"The endpoint's answer is not a chat completion ({type(exc).__name__}: {text[:300]}).",
+        "Check --api-base: it must be an OpenAI-compatible endpoint, ending in /v1.",
     )
 
 

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from pydantic import ValidationError
+
 from agentkd.agent_config import AgentConfig, agent_factory, search_tools
 from agentkd.collect import CollectConfig, collect
 from agentkd.errors import ConfigError
@@ -45,6 +47,7 @@ from agentkd.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from agentkd.display import Display
+    from agentkd.distill import DistillConfig
 
 __all__ = ["evaluate_command", "expert_endpoint", "load_recipe", "quickstart", "run_recipe", "serve_expert"]
 
@@ -81,6 +84,8 @@ def run_recipe(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, A
     from agentkd.display import Display
 
     began = time.monotonic()
+    for name, student in recipe.students.items():
+        _distill_config(name, student, recipe)  # a wrong setting is noticed before anything is run
     _claim(recipe, out)
     with Display(quiet) as show:
         show.stage("tasks")
@@ -219,13 +224,26 @@ def _collect_config(
 
 
 def _distill(name: str, student: StudentRecipe, recipe: Recipe, out: Path, show: Display) -> None:
-    from agentkd.distill import DistillConfig, distill
+    from agentkd.distill import distill
 
     show.stage(f"distil {name}")
-    settings = {"seed": recipe.seed, **student.settings, "kind": student.kind, "base": student.base}
-    config = DistillConfig.model_validate(settings)
+    config = _distill_config(name, student, recipe)
     trained = distill(out / f"kept-{student.kind}" / "kept.jsonl", _folder(out, name), config, show.training)
     show.done(f"{trained.training.get('n_examples', '?')} examples")
+
+
+def _distill_config(name: str, student: StudentRecipe, recipe: Recipe) -> DistillConfig:
+    from agentkd.distill import DistillConfig
+
+    settings = {"seed": recipe.seed, **student.settings, "kind": student.kind, "base": student.base}
+    try:
+        return DistillConfig.model_validate(settings)
+    except ValidationError as exc:
+        problem = exc.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ConfigError(
+            f"students.{name}.settings.{where}: {problem['msg']}.", "See agentkd.distill.DistillConfig."
+        ) from exc
 
 
 def _folder(out: Path, name: str) -> Path:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agentkd.errors import ConfigError, boundary
 from agentkd.filter import FilterConfig
@@ -86,6 +87,18 @@ class Recipe(_Part):
     """Plain words for the report."""
     ask: str | None = None
     """A question for the served student at the end."""
+
+    @field_validator("students")
+    @classmethod
+    def _names(cls, students: dict[str, StudentRecipe]) -> dict[str, StudentRecipe]:
+        """Each name is a folder's name, too."""
+        folders = [name.replace(" ", "-") for name in students]
+        for name, folder in zip(students, folders, strict=True):
+            if not re.fullmatch(r"\w[\w.+-]*", folder) or folder == "base" or folders.count(folder) > 1:
+                raise ValueError(
+                    f"{name!r} cannot be a student's name here: take letters, digits and -, once"
+                )
+        return students
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -170,7 +183,7 @@ def _test_mix(size: str) -> tuple[TaskMix, ...]:
 
 
 def _students(size: str) -> dict[str, StudentRecipe]:
-    steps = {"tiny": 3, "demo": 54, "full": 64}[size]
+    steps = {"tiny": 3, "demo": 46, "full": 64}[size]
     few = {"tiny": 4, "demo": 48, "full": None}[size]
     students = {
         "CoT-distilled": StudentRecipe(kind="cot", settings={"steps": steps}, evaluate_n=few),

@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from agentkd.errors import ConfigError, DataError, boundary
+from agentkd.errors import ConfigError, DataError, StorageError, boundary
 from agentkd.task import Task
 from agentkd.trajectory import Trajectory
 
@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 R = TypeVar("R", bound=BaseModel)
+
+_WRITE_HINT = "Choose a folder that can be written, or free some space, then run the same command again."
 
 
 def iter_jsonl(path: Path, model: type[R], *, skip_torn: bool = False) -> Iterator[R]:
@@ -102,15 +104,20 @@ def read_trajectories(path: Path) -> list[Trajectory]:
     return list(iter_jsonl(path, Trajectory, skip_torn=True))
 
 
+def _line(record: BaseModel) -> str:
+    with boundary(DataError, f"writing a {type(record).__name__} as JSON"):
+        return record.model_dump_json() + "\n"
+
+
 def write_jsonl(path: Path, records: Iterable[BaseModel]) -> int:
     """Write all records at once, atomically; returns how many."""
     count = 0
-    with boundary(DataError, f"writing {path}"):
+    with boundary(StorageError, f"writing {path}", _WRITE_HINT):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", encoding="utf-8") as file:
             for record in records:
-                file.write(record.model_dump_json() + "\n")
+                file.write(_line(record))
                 count += 1
             file.flush()
             os.fsync(file.fileno())
@@ -120,7 +127,7 @@ def write_jsonl(path: Path, records: Iterable[BaseModel]) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON document atomically."""
-    with boundary(DataError, f"writing {path}"):
+    with boundary(StorageError, f"writing {path}", _WRITE_HINT):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -153,7 +160,7 @@ class AppendLog:
         import fcntl
 
         self.path = path
-        with boundary(DataError, f"opening {path}"):
+        with boundary(StorageError, f"opening {path}", _WRITE_HINT):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab+")
             try:
@@ -183,8 +190,9 @@ class AppendLog:
 
     def append(self, record: BaseModel) -> None:
         """Write one record durably. Call it from one thread at a time."""
-        with boundary(DataError, f"writing {self.path}"):
-            self._file.write(record.model_dump_json().encode("utf-8") + b"\n")
+        line = _line(record).encode("utf-8")
+        with boundary(StorageError, f"writing {self.path}", _WRITE_HINT):
+            self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -197,7 +205,11 @@ class AppendLog:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError:
+            if kind is None:  # else it is the full disk again, which has been reported
+                raise
 
 
 def file_hash(path: Path) -> str:

@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from agentkd.errors import ContextOverflowError, ProviderError, RetrievalError, SandboxError
+from agentkd.errors import AgentkdError, ContextOverflowError, ProviderError, RetrievalError, SandboxError
 from agentkd.record import AppendLog, provenance, read_trajectories
-from agentkd.scorer import score
+from agentkd.scorer import check_scorers, score
 from agentkd.task import Task
 from agentkd.tool import tool_schema
-from agentkd.trajectory import Failure, StopReason, Trajectory, Usage
+from agentkd.trajectory import Failure, StopReason, Trajectory, Usage, valid_text
 
 if TYPE_CHECKING:
     from agentkd.agent import StepAgent
@@ -28,6 +28,12 @@ __all__ = ["Progress", "finished_rollouts", "rollout", "run_rollouts"]
 
 GIVE_UP_AFTER = 10
 """Provider errors in a row, with nothing finished in between, before a run is given up."""
+
+_ERRORS: dict[StopReason, type[AgentkdError]] = {
+    StopReason.PROVIDER_ERROR: ProviderError,
+    StopReason.SANDBOX_ERROR: SandboxError,
+    StopReason.RETRIEVAL_ERROR: RetrievalError,
+}
 
 
 def rollout(
@@ -53,6 +59,8 @@ def rollout(
     agent.records = []
     agent.deadline = began + max_seconds if max_seconds is not None else None
     answer, reason, failure = _run(agent, task)
+    if failure is not None:
+        failure = failure.model_copy(update={"message": valid_text(failure.message)})
     trajectory = Trajectory(
         id=f"{task.id}#{sample}",
         task=task,
@@ -102,7 +110,7 @@ def _run(agent: StepAgent, task: Task) -> tuple[str | None, StopReason, Failure 
             StopReason.INTERNAL_ERROR,
             Failure(kind="internal", message=f"{type(exc).__name__}: {exc}"),
         )
-    text = None if answer is None else str(answer)
+    text = None if answer is None else valid_text(str(answer))
     last = agent.records[-1] if agent.records else None
     if last is not None and last.is_final:
         return text, StopReason.FINAL_ANSWER, None
@@ -173,8 +181,9 @@ def run_rollouts(
 
     Raises:
         ProviderError: the endpoint failed many times in a row; finished work is kept.
-        ConfigError: another process is writing ``out``.
+        ConfigError: another process is writing ``out``, or a task names an unknown scorer.
     """
+    check_scorers(tasks)
     runner = _Runner(make_agent, workers, attempts, max_seconds, config, labels)
     with AppendLog(out) as log:
         finished = finished_rollouts(out)
@@ -185,22 +194,33 @@ def run_rollouts(
         if on_progress:
             on_progress(progress)
         failed: list[Trajectory] = []
-        for trajectory in runner.run(todo):
-            if trajectory.stop_reason.is_error:
-                failed.append(trajectory)
-                progress = progress._replace(errors=len(failed), latest=trajectory)
-            else:
-                log.append(trajectory)
-                finished[trajectory.id] = trajectory
-                progress = progress._replace(
-                    done=progress.done + 1, correct=progress.correct + trajectory.correct, latest=trajectory
-                )
-            if on_progress:
-                on_progress(progress)
+        try:
+            for trajectory in runner.run(todo):
+                if trajectory.stop_reason.is_error:
+                    failed.append(trajectory)
+                    progress = progress._replace(errors=len(failed), latest=trajectory)
+                else:
+                    log.append(trajectory)
+                    finished[trajectory.id] = trajectory
+                    progress = progress._replace(
+                        done=progress.done + 1,
+                        correct=progress.correct + trajectory.correct,
+                        latest=trajectory,
+                    )
+                if on_progress:
+                    on_progress(progress)
+        except (KeyboardInterrupt, ProviderError):
+            for trajectory in runner.finished():
+                if trajectory.id not in finished:
+                    log.append(trajectory)
+            raise
         _note_errors(out.with_name("errors.jsonl"), failed)
     if failed and progress.done == 0:
-        raise ProviderError(
-            f"No rollout finished; the last error: {failed[-1].failure and failed[-1].failure.message}"
+        last = failed[-1]
+        error = _ERRORS.get(last.stop_reason, AgentkdError)
+        raise error(
+            f"No rollout finished; the last error: {last.failure.message if last.failure else 'cancelled'}",
+            f"See {out.with_name('errors.jsonl')}, then run the same command again.",
         )
     return [finished[work.id] for work in wanted if work.id in finished]
 
@@ -268,6 +288,13 @@ class _Runner:
                 return self.ready.get(timeout=0.5)  # a timeout, so that Ctrl-C is seen on every system
             except queue.Empty:
                 continue
+
+    def finished(self) -> Iterator[Trajectory]:
+        """What was finished but not yet yielded when the run was broken off."""
+        while not self.ready.empty():
+            result = self.ready.get()[1]
+            if isinstance(result, Trajectory) and not result.stop_reason.is_error:
+                yield result
 
     def _drain(self, threads: int) -> None:
         try:

@@ -11,6 +11,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from agentkd.errors import ConfigError
 from agentkd.task import Task
 from agentkd.trajectory import Score
 
-__all__ = ["SCORERS", "Scorer", "normalise", "score", "to_number"]
+__all__ = ["SCORERS", "Scorer", "check_scorers", "normalise", "score", "to_number"]
 
 RELATIVE_TOLERANCE = 1e-6
 
@@ -35,16 +36,26 @@ def score(task: Task, answer: str | None) -> Score:
     Raises:
         ConfigError: the task names an unknown scorer.
     """
-    scorer = SCORERS.get(task.scorer)
-    if scorer is None:
-        raise ConfigError(
-            f"Task {task.id} asks for the scorer {task.scorer!r}.", f"Known scorers: {', '.join(SCORERS)}."
-        )
+    check_scorers([task])
     if task.answer is None:
         return Score(value=None, scorer=task.scorer, reason="the task has no gold answer")
     if answer is None or not answer.strip():
         return Score(value=0.0, scorer=task.scorer, reason="no answer")
-    return scorer(answer, task.answer)
+    return SCORERS[task.scorer](answer, task.answer)
+
+
+def check_scorers(tasks: Iterable[Task]) -> None:
+    """Notice a wrong name before anything is run.
+
+    Raises:
+        ConfigError: a task names an unknown scorer.
+    """
+    for task in tasks:
+        if task.scorer not in SCORERS:
+            raise ConfigError(
+                f"Task {task.id} asks for the scorer {task.scorer!r}.",
+                f"Known scorers: {', '.join(SCORERS)}.",
+            )
 
 
 def normalise(text: str) -> str:

@@ -23,10 +23,16 @@ __all__ = [
     "ToolUse",
     "Trajectory",
     "Usage",
+    "valid_text",
 ]
 
 SCHEMA_VERSION = 1
 """Version of the trajectory record; older versions stay readable."""
+
+
+def valid_text(text: str) -> str:
+    """The text as UTF-8 can hold it: half of a surrogate pair, which JSON lets through, becomes "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class StopReason(StrEnum):

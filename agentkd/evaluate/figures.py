@@ -304,7 +304,12 @@ def comparison_table(results: Sequence[SystemResult], *, title: str | None = Non
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(_printable(title)) if title else None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        title=Text(_printable(title)) if title else None,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     table.add_column("")
     for result in results:
         table.add_column(Text(_printable(result.label)), justify="right", overflow="fold")

@@ -28,10 +28,17 @@ class Solution:
     answer: str
 
 
+_MOST_NUMBERS = 1_000_000
+"""The longest range that is sieved: a question must not stop the endpoint."""
+
+
 def solve_arithmetic(question: str) -> Solution | None:
     """A solution, or None for a question of no known kind."""
     for parser in _PARSERS:
-        solution = parser(question)
+        try:
+            solution = parser(question)
+        except (ArithmeticError, LookupError, StopIteration, ValueError):
+            continue  # the words of a known kind with numbers it never has
         if solution is not None:
             return solution
     return None
@@ -252,6 +259,8 @@ def _primes(question: str) -> Solution | None:
     if found is None:
         return None
     low, high = int(found[1]), int(found[2])
+    if high > _MOST_NUMBERS:
+        return None
     sieve = _sieve(high)
     primes = [number for number in range(low, high + 1) if sieve[number]]
     code = (

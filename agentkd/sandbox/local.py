@@ -24,7 +24,7 @@ from smolagents.local_python_executor import CodeOutput, PythonExecutor
 from agentkd.errors import AgentkdError, SandboxError
 from agentkd.sandbox import CodeFailure
 from agentkd.sandbox.zygote import plain, receive, send
-from agentkd.trajectory import ToolUse
+from agentkd.trajectory import ToolUse, valid_text
 
 __all__ = ["LocalSandbox"]
 
@@ -159,6 +159,7 @@ class LocalSandbox(PythonExecutor):
         sock = self._open()
         deadline = time.monotonic() + self.timeout
         try:
+            sock.settimeout(self.timeout)
             send(sock, {"code": code_action})
             while True:
                 sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -228,11 +229,13 @@ class LocalSandbox(PythonExecutor):
         except AgentkdError:
             raise  # the world failed, not the model: the rollout must know
         except Exception as exc:
-            error = f"{type(exc).__name__} in {name}: {exc}"
+            error = valid_text(f"{type(exc).__name__} in {name}: {exc}")
             self._uses.append(
                 ToolUse(name=name, arguments=arguments, error=error, seconds=time.monotonic() - began)
             )
             return {"error": error}
         seconds = time.monotonic() - began
-        self._uses.append(ToolUse(name=name, arguments=arguments, result=str(result), seconds=seconds))
+        self._uses.append(
+            ToolUse(name=name, arguments=arguments, result=valid_text(str(result)), seconds=seconds)
+        )
         return {"result": result}

@@ -25,7 +25,7 @@ OUTPUT_LIMIT = 50_000
 
 def send(sock: socket.socket, message: dict[str, Any]) -> None:
     """Write one message."""
-    data = json.dumps(message).encode()
+    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")  # chr(0xD800) has no UTF-8
     sock.sendall(struct.pack("!I", len(data)) + data)
 
 
@@ -125,7 +125,8 @@ class Worker:
         try:
             output = self.executor(code)
         except Exception as exc:
-            return {"error": str(exc)[:OUTPUT_LIMIT], "printed": str(state.get("_print_outputs", ""))}
+            error = (str(exc) or type(exc).__name__)[:OUTPUT_LIMIT]
+            return {"error": error, "printed": str(state.get("_print_outputs", ""))[: MESSAGE_LIMIT // 8]}
         show = output.is_final_answer or ends_in_expression(code)
         try:
             value = plain(output.output) if show else None

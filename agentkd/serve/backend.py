@@ -269,6 +269,8 @@ def status_of(exc: Exception) -> RequestError:
         return exc
     if isinstance(exc, ContextOverflowError):
         return RequestError(str(exc), param="messages", code="context_length_exceeded")
+    if isinstance(exc, DataError):
+        return RequestError(str(exc), param="messages")
     if isinstance(exc, ProviderError):
         return RequestError(str(exc), status=503, code="unavailable")
     return RequestError(f"{type(exc).__name__}: {exc}", status=500, code="internal_error")

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from agentkd.trajectory import valid_text
+
 __all__ = ["ChatRequest", "RequestError", "parse_request"]
 
 MAX_CHOICES = 128
@@ -73,7 +75,9 @@ class _Message(BaseModel):
     @classmethod
     def _join_parts(cls, value: Any) -> Any:
         if isinstance(value, list):
-            return "".join(_Part.model_validate(part).text for part in value)
+            value = "".join(_Part.model_validate(part).text for part in value)
+        if isinstance(value, str):
+            return valid_text(value)
         return "" if value is None else value
 
     def plain(self) -> dict[str, str]:

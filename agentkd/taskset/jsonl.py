@@ -68,5 +68,5 @@ def _task(path: Path, number: int, line: str, options: Mapping[str, str]) -> Tas
         first = exc.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path}, line {number}: {field}: {first['msg']}.", _HINT) from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise DataError(f"{path}, line {number}: {exc}.", _HINT) from exc

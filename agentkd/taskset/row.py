@@ -74,7 +74,7 @@ def row_task(row: Mapping[str, Any], options: Mapping[str, str], *, family: str,
     fields = {name: row[name] for name in ("id", "scorer", "family", "level") if row.get(name) is not None}
     used = {question_column, answer_column, "split", "meta", *fields}
     own_split = row.get("split") if row.get("split") in ("train", "test") else None
-    return Task.model_validate(
+    task = Task.model_validate(
         {
             "id": f"{family}-{stable_hash(question):016x}",
             "family": family,
@@ -89,6 +89,8 @@ def row_task(row: Mapping[str, Any], options: Mapping[str, str], *, family: str,
             },
         }
     )
+    task.model_dump_json()  # fails now, with the row's place, for a text that cannot be stored as UTF-8
+    return task
 
 
 def _answer_text(value: Any) -> str | None:

@@ -295,7 +295,7 @@ class TestTable:
         text = self.rendered(base, agent)
         assert "94% [88, 97] n=100" in text
         assert "0% [0, 28] n=10" in text
-        lines = {line.split("  ")[1].strip(): line for line in text.splitlines() if line.startswith("  ")}
+        lines = {line.strip().split("  ")[0]: line for line in text.splitlines() if line.strip()}
         assert {"products", "words", "pooled", "all", "tokens/task", "median seconds/task"} <= lines.keys()
         assert lines["words"].split()[1] == "-"
         assert lines["errored runs (not in n)"].split()[-2:] == ["0", "1"]
