@@ -131,6 +131,8 @@ _NOTES = (
     "Both students are trained with the same number of steps and examples per step from the same teacher "
     "on the same questions. gsm_symbolic is shown as the honest negative: reasoning over word problems is "
     "beyond a model of this size.",
+    "The untrained base model mostly answers without the line that the prompt asks for; that counts as no "
+    "answer.",
     "One seed. The intervals are 95% Wilson intervals of the sampled test tasks and say nothing about "
     "other seeds or settings.",
 )
