@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -129,7 +128,12 @@ def test_ctrl_c_exits_with_130_and_keeps_what_is_finished(tmp_path: Path) -> Non
     with FakeEndpoint(slow) as endpoint:
         command += ["--api-base", endpoint.url, "--tasks", str(tmp_path / "tasks.jsonl"), "--workers", "2"]
         process = subprocess.Popen(
-            [*command, "--out", str(log.parent)], stderr=subprocess.PIPE, env={**os.environ}, text=True
+            [*command, "--out", str(log.parent)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell's background jobs inherit that SIGINT is ignored; a terminal's do not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         while process.poll() is None and not (log.is_file() and log.stat().st_size):
             time.sleep(0.05)
