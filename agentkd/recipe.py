@@ -155,7 +155,7 @@ def quickstart_recipe(size: Literal["tiny", "demo", "full"]) -> Recipe:
         groups={"arithmetic (pooled)": ARITHMETIC},
         sandbox="local",
         search_k=2,
-        max_tokens=320,
+        max_tokens=32 if size == "tiny" else 320,
         notes=_NOTES,
         ask="What is 48271 times 9163?",
     )

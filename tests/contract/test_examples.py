@@ -24,7 +24,7 @@ def blocks(language: str) -> list[tuple[bool, str]]:
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -49,7 +49,7 @@ def kill_when(out: Path, reached: Callable[[], bool]) -> bool:
     """Start the quick start and kill it, with no chance to tidy up, once it got so far."""
     process = start(out)
     try:
-        limit = time.monotonic() + 240
+        limit = time.monotonic() + 900
         while not reached():
             if process.poll() is not None or time.monotonic() > limit:
                 return False
@@ -80,7 +80,7 @@ def test_it_goes_on_after_kill_in_every_stage(tmp_path: Path) -> None:
             assert finished(path)[: len(kept)] == kept, f"{path.name} lost a finished line"
     before = {path: finished(path) for path in (collected, evaluated)}
     process = start(out)
-    output, errors = process.communicate(timeout=280)
+    output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     for path, kept in before.items():
         now = finished(path)
@@ -93,15 +93,15 @@ def test_it_goes_on_after_kill_in_every_stage(tmp_path: Path) -> None:
     assert (out / "report" / "index.html").is_file()
     again = start(out)
     began = time.monotonic()
-    again.communicate(timeout=120)
+    again.communicate(timeout=300)
     assert again.returncode == 0
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
 
 
 def test_a_recipe_runs_from_a_file(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     recipe = request.config.rootpath / "examples" / "recipe.toml"
     command = [sys.executable, "-m", "agentkd", "run", str(recipe), "--out", str(tmp_path / "run"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)["systems"]) == {"base", "agent-distilled"}
 
@@ -111,7 +111,7 @@ def test_the_stages_of_the_readme_work_one_by_one(tmp_path: Path) -> None:
 
     def agentkd(*arguments: str) -> dict[str, object]:
         command = [sys.executable, "-m", "agentkd", *arguments, "--json"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
