@@ -94,23 +94,28 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False))
 
 
+def _progress_bar() -> Any:
+    """A bar on stderr: what, how far, a note, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
 @contextmanager
 def _rollout_progress(what: str, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
     """A live line: done, correct, errors, time left."""
     if quiet:
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with _progress_bar() as bar:
         task = bar.add_task(what, total=None, note="")
 
         def show(progress: Any) -> None:
@@ -309,17 +314,7 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int, float], None] |
     if quiet:
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with _progress_bar() as bar:
         task = bar.add_task(what, total=None, note="")
         yield lambda step, total, loss: bar.update(task, completed=step, total=total, note=f"loss {loss:.3f}")
 
