@@ -1,13 +1,14 @@
 """Sandboxes: where model-written code runs.
 
 A session is a smolagents ``PythonExecutor`` that is closed after use, keeps apart whose fault a
-failure was, and records the tool calls of each action.
+failure was, and records the tool calls of each action. Where it ``can_fork``, it also tries
+several actions in forks of its state and goes on from the one that is chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from agentkd.errors import ConfigError
 from agentkd.trajectory import ToolUse
@@ -15,9 +16,22 @@ from agentkd.trajectory import ToolUse
 if TYPE_CHECKING:
     from smolagents.local_python_executor import CodeOutput
 
-__all__ = ["BACKENDS", "LOCAL_WARNING", "CodeFailure", "Sandbox", "open_sandbox"]
+__all__ = [
+    "BACKENDS",
+    "DEFAULT_BACKEND",
+    "LOCAL_WARNING",
+    "CodeFailure",
+    "ForkingSandbox",
+    "Outcome",
+    "Sandbox",
+    "open_sandbox",
+]
 
-BACKENDS = ("local",)
+BACKENDS = ("fork", "e2b", "docker", "local")
+"""What there is to run code in: processes of this machine behind an OS boundary, E2B's cloud, a
+container, smolagents' interpreter."""
+
+DEFAULT_BACKEND = "fork"
 
 LOCAL_WARNING = (
     "Model-written code runs in smolagents' local interpreter in a child process that is killed on "
@@ -41,6 +55,24 @@ class CodeFailure(Exception):
         self.message = message
         self.printed = printed
         self.timed_out = timed_out
+
+
+class Outcome(NamedTuple):
+    """What one action did."""
+
+    printed: str = ""
+    value: Any = None
+    """The last expression's value, or the final answer; JSON."""
+    is_final: bool = False
+    """Whether ``final_answer`` was called."""
+    error: str | None = None
+    """What the model is told of its failure; None when there was none."""
+    timed_out: bool = False
+    ended: bool = False
+    """The action's process has ended and cannot become the session."""
+    tool_uses: tuple[ToolUse, ...] = ()
+    seconds: float = 0.0
+    """Wall-clock seconds, time in tools included."""
 
 
 @runtime_checkable
@@ -73,27 +105,51 @@ class Sandbox(Protocol):
         ...
 
 
-def open_sandbox(backend: str | None, *, imports: Sequence[str] = (), timeout: float = 10.0) -> Sandbox:
+@runtime_checkable
+class ForkingSandbox(Sandbox, Protocol):
+    """A session that can try several actions without changing."""
+
+    def try_each(self, codes: Sequence[str], timeout: float | None = None) -> list[Outcome]:
+        """Run each code in a fork of the session's state; one outcome each."""
+        ...
+
+    def commit(self, index: int) -> None:
+        """Go on from the state of one of them; it is not run again."""
+        ...
+
+    def discard(self) -> None:
+        """Go on as if none had been tried."""
+        ...
+
+    def close(self) -> None:
+        """End the session and whatever it left running."""
+        ...
+
+
+def open_sandbox(
+    backend: str | None = None, *, imports: Sequence[str] = (), timeout: float = 10.0
+) -> Sandbox:
     """Start a session.
 
     Args:
-        backend: one of :data:`BACKENDS`. There is no default: running model-written code is
-            something that the user decides.
+        backend: one of :data:`BACKENDS`; :data:`DEFAULT_BACKEND` by default. Nothing weaker is
+            taken when it is not available.
         imports: modules the code may import beside the harmless ones of the standard library.
         timeout: seconds one action may take.
 
     Raises:
-        ConfigError: no backend, or an unknown one.
-        SandboxError: it cannot start.
+        ConfigError: an unknown backend, or one whose extra is not installed.
+        SandboxError: it is not available here.
     """
-    if backend is None:
-        raise ConfigError(
-            "Model-written code needs a place to run and none was chosen.",
-            "Pass --sandbox local (Python: sandbox='local') to run it in a child process on this "
-            "machine, which is not a security boundary.",
-        )
-    if backend not in BACKENDS:
-        raise ConfigError(f"Unknown sandbox {backend!r}.", f"Known: {', '.join(BACKENDS)}.")
-    from agentkd.sandbox.local import LocalSandbox
+    backend = backend or DEFAULT_BACKEND
+    if backend == "fork":
+        from agentkd.sandbox.fork import ForkSandbox
+        from agentkd.sandbox.isolation import choose
 
-    return LocalSandbox(imports=imports, timeout=timeout)
+        choose()  # raises what is missing now, not in the first action
+        return ForkSandbox(imports=imports, timeout=timeout)
+    if backend == "local":
+        from agentkd.sandbox.local import LocalSandbox
+
+        return LocalSandbox(imports=imports, timeout=timeout)
+    raise ConfigError(f"Unknown sandbox {backend!r}.", f"Known: {', '.join(BACKENDS)}.")

@@ -1,0 +1,603 @@
+"""The fork sandbox: an OS boundary that costs milliseconds and can be forked.
+
+One zygote a host process imports numpy and sympy once. A session is cloned from it into its own
+namespaces; every action runs in a process forked from the session's state, so that an action
+that is killed leaves the state as it was, several can be tried side by side, and the winner's
+process becomes the session. What a process inside may not do is said in ``docs/security.md``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import os
+import secrets
+import select
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from smolagents.local_python_executor import BASE_BUILTIN_MODULES, CodeOutput, PythonExecutor
+
+from agentkd.errors import AgentkdError, SandboxError
+from agentkd.sandbox import CodeFailure, Outcome
+from agentkd.sandbox import isolation as isolations
+from agentkd.sandbox.cgroup import ControlGroup
+from agentkd.sandbox.cgroup import sweep as sweep_groups
+from agentkd.sandbox.inside.wire import plain, receive, send
+from agentkd.sandbox.toolhost import Caller, Round, ToolHost
+from agentkd.trajectory import ToolUse, valid_text
+
+__all__ = ["ForkSandbox", "Limits"]
+
+START_SECONDS = 60.0
+ANSWER_SECONDS = 30.0
+"""For the trusted processes to answer."""
+DOCTOR = "Run `agentkd doctor`: it says what is missing and how to mend it."
+LOST = "All variables are lost."
+KEPT = "Variables are as they were before it."
+
+
+class Limits(BaseModel):
+    """What the code of one session may use."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memory_mb: int = Field(default=2048, ge=256)
+    """Address space of one process, and the memory of all of a session's together where there
+    are control groups; MiB."""
+    processes: int = Field(default=64, ge=2)
+    """Processes and threads of a session."""
+    cpu_seconds: float | None = Field(default=None, gt=0)
+    """Processor time of one action; twice its wall-clock limit by default."""
+    scratch_mb: int = Field(default=256, ge=1)
+    """Size of the working directory, with the copies that candidates get; MiB."""
+    session_seconds: float = Field(default=3600.0, gt=0)
+    """Wall-clock time of all actions of a session, time in tools apart."""
+    seed: int = 0
+    """Random numbers of a session start from here."""
+
+
+class _Zygote:
+    """The host's end of one zygote."""
+
+    def __init__(self, kind: str | None, extra: tuple[str, ...]) -> None:
+        self.isolation = isolations.choose(kind)
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._uids = _first_uid() if self.isolation.root else None
+        sweep_groups()
+        self._start(isolations.setup(self.isolation, extra))
+
+    def _start(self, settings: dict[str, Any]) -> None:
+        ours, theirs = socket.socketpair()
+        command, environment = isolations.zygote_command(self.isolation, settings, theirs.fileno())
+        with tempfile.TemporaryFile() as log:
+            self.process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the host, which then ends it
+            )
+            theirs.close()
+            self._control = ours
+            try:
+                host = os.pidfd_open(os.getpid())
+                try:
+                    send(ours, settings, [host])
+                finally:
+                    os.close(host)
+                ready = receive(ours, time.monotonic() + START_SECONDS)
+            except (OSError, TimeoutError, ValueError):
+                ready = None
+            if ready is None:
+                self.stop()
+                log.seek(0)
+                tail = log.read()[-2000:].decode(errors="replace").strip().splitlines()
+                raise SandboxError(
+                    f"The sandbox did not start ({self.isolation.kind}): {tail[-1] if tail else 'no message'}.",
+                    DOCTOR,
+                )
+        ours.settimeout(None)
+        if os.path.realpath(ready["library"]) != os.path.realpath(os.path.dirname(os.__file__)):
+            self.stop()
+            raise SandboxError(f"The sandbox runs another Python ({ready['library']}) than this one.", DOCTOR)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self.process.poll() is None
+
+    def open(self, order: dict[str, Any]) -> tuple[socket.socket, str, int | None]:
+        """A new session: the socket to its root process, a number for it, its user id."""
+        ours, theirs = socket.socketpair()
+        try:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            with self._lock:
+                number = next(self._numbers)
+                uid = None if self._uids is None else self._uids[0] + number % self._uids[1]
+                send(self._control, {**order, "uid": uid}, [theirs.fileno()])
+                reply = receive(self._control, time.monotonic() + ANSWER_SECONDS)
+            if reply is None or "error" in reply:
+                why = "it is gone" if reply is None else reply["error"]
+                raise SandboxError(f"The sandbox cannot start a session: {why}.", DOCTOR)
+        except BaseException as exc:
+            ours.close()
+            if isinstance(exc, (OSError, ValueError)):
+                raise SandboxError(f"The sandbox is gone ({exc or 'no answer'}).", "Run the command again.") from exc
+            raise
+        finally:
+            theirs.close()
+        return ours, str(number), uid
+
+    def stop(self) -> None:
+        """End it and its sessions."""
+        self._control.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _first_uid() -> tuple[int, int]:
+    """First and number of the user ids for sessions: unused ones, so that each is alone in its own."""
+    with open("/proc/self/uid_map") as file:
+        end = max(sum(map(int, line.split()[::2])) for line in file)
+    if end > 2_000_000_000:
+        return 1_900_000_000 + 4096 * secrets.randbelow(24_000), 4096
+    if end > 65_000:
+        return 60_000 + 100 * secrets.randbelow(49), 100
+    raise SandboxError("This root user has no other user ids to give to sessions.", DOCTOR)
+
+
+_zygotes: dict[tuple[str | None, tuple[str, ...]], _Zygote] = {}
+_zygotes_lock = threading.Lock()
+
+
+def _zygote(kind: str | None, extra: tuple[str, ...]) -> _Zygote:
+    with _zygotes_lock:
+        found = _zygotes.get((kind, extra))
+        if found is None or not found.alive:
+            found = _zygotes[kind, extra] = _Zygote(kind, extra)
+        return found
+
+
+def _forget() -> None:
+    """In a forked host: the zygote belongs to the parent."""
+    global _zygotes_lock
+    _zygotes_lock = threading.Lock()
+    for zygote in _zygotes.values():
+        zygote._control.close()
+    _zygotes.clear()
+
+
+def _stop() -> None:
+    for zygote in _zygotes.values():
+        zygote.stop()
+    _zygotes.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+atexit.register(_stop)
+
+
+class _Candidate:
+    """One process that tries an action."""
+
+    def __init__(self, pid: int, sock: socket.socket) -> None:
+        self.pid = pid
+        self.sock = sock
+        self.outcome: Outcome | None = None
+
+
+class ForkSandbox(PythonExecutor):
+    """One session. See :class:`agentkd.sandbox.Sandbox`.
+
+    Args:
+        imports: modules the code may import beside the harmless ones; "*" for all.
+        timeout: wall-clock seconds one action may take, time in tools apart. Candidates that
+            run side by side on fewer cores than they are get proportionally more.
+        limits: memory, processes and the like.
+        isolation: "bubblewrap" or "landlock"; chosen by what the machine has by default.
+    """
+
+    can_fork = True
+
+    def __init__(
+        self,
+        imports: Sequence[str] = (),
+        timeout: float = 10.0,
+        limits: Limits | None = None,
+        isolation: str | None = None,
+    ) -> None:
+        self.imports = tuple(imports)
+        self.timeout = timeout
+        self.limits = limits or Limits()
+        self.isolation = isolation
+        self._host = ToolHost()
+        self._variables: dict[str, Any] = {}
+        self._uses: list[ToolUse] = []
+        self._zygote: _Zygote | None = None
+        self._root: socket.socket | None = None
+        self._pidfd: int | None = None
+        self._group: ControlGroup | None = None
+        self._state: socket.socket | None = None
+        self._tried: list[_Candidate] = []
+        self._spent = 0.0
+        self.user: int | None = None
+        """User id of the session's processes, as the host sees it; None before the first action."""
+
+    # smolagents' interface.
+
+    def send_tools(self, tools: dict[str, Any]) -> None:
+        self._host.tools.update(tools)
+        self._set(list(tools), {})
+
+    def send_variables(self, variables: dict[str, Any]) -> None:
+        values = {name: plain(value) for name, value in variables.items()}
+        self._variables.update(values)
+        if values:
+            self._set([], values)
+
+    def __call__(self, code_action: str) -> CodeOutput:
+        outcome = self.try_each([code_action])[0]
+        if outcome.ended:
+            self.discard()
+            self._uses += outcome.tool_uses
+        else:
+            self.commit(0)
+        if outcome.error is not None:
+            raise CodeFailure(outcome.error, outcome.printed, outcome.timed_out)
+        return CodeOutput(output=outcome.value, logs=outcome.printed, is_final_answer=outcome.is_final)
+
+    def cleanup(self) -> None:
+        self.close()
+
+    # Forking.
+
+    def try_each(self, codes: Sequence[str], timeout: float | None = None) -> list[Outcome]:
+        """Run each code in a fork of the session, side by side. The session itself does not change.
+
+        Call :meth:`commit` or :meth:`discard` next.
+
+        Args:
+            codes: the actions, at least one.
+            timeout: seconds for each, instead of the session's.
+
+        Returns:
+            One outcome for each, in the same order.
+
+        Raises:
+            CodeFailure: the session's state is lost, by the fault of earlier code.
+            SandboxError: the sandbox failed.
+            AgentkdError: a tool failed on the host, not by the code's fault.
+        """
+        if not codes:
+            raise ValueError("no code to try")
+        if self._tried:
+            self.discard()
+        seconds = (timeout or self.timeout) * max(1.0, len(codes) / (os.cpu_count() or 1))
+        if self._spent > self.limits.session_seconds:
+            self.close()
+            raise CodeFailure(f"The session's {self.limits.session_seconds:g} s are used up. {LOST}", timed_out=True)
+        began = time.monotonic()
+        try:
+            self._tried = self._fork(len(codes))
+            together = Round()
+            if len(codes) == 1:
+                self._drive(self._tried[0], codes[0], seconds, together)
+            else:
+                with ThreadPoolExecutor(len(codes)) as pool:
+                    list(
+                        pool.map(
+                            lambda tried, code: self._drive(tried, code, seconds, together), self._tried, codes
+                        )
+                    )
+        except BaseException:
+            self.close()
+            raise
+        outcomes = [tried.outcome for tried in self._tried if tried.outcome is not None]
+        tools = max(sum(use.seconds for use in outcome.tool_uses) for outcome in outcomes)
+        self._spent += max(0.0, time.monotonic() - began - tools)
+        return outcomes
+
+    def commit(self, index: int) -> None:
+        """Make a candidate's process the session; the others end.
+
+        Raises:
+            ValueError: nothing was tried, or that candidate's process has ended.
+            SandboxError: the sandbox failed.
+        """
+        chosen = self._tried[index] if 0 <= index < len(self._tried) else None
+        if chosen is None or chosen.outcome is None or chosen.outcome.ended:
+            raise ValueError(f"candidate {index} cannot become the session")
+        self._uses += chosen.outcome.tool_uses
+        count, tried, self._tried = len(self._tried), self._tried, []
+        reply = self._ask({"keep": chosen.pid, "directory": index if count > 1 else None})
+        for candidate in tried:
+            if candidate is not chosen or not reply["kept"]:
+                candidate.sock.close()
+        if reply["kept"]:
+            if self._state is not None:
+                self._state.close()
+            self._state = chosen.sock
+            _drain(self._state)
+        elif reply["lost"]:
+            self.close()
+
+    def discard(self) -> None:
+        """Forget the candidates; the session is as it was before them."""
+        count, tried, self._tried = len(self._tried), self._tried, []
+        if not tried or self._root is None:
+            return
+        for candidate in tried:
+            candidate.sock.close()
+        if self._ask({"keep": None, "directory": 0 if count > 1 else None})["lost"]:
+            self.close()
+
+    def take_tool_uses(self) -> tuple[ToolUse, ...]:
+        uses, self._uses = tuple(self._uses), []
+        return uses
+
+    def close(self) -> None:
+        """End the session and everything in it."""
+        for candidate in self._tried:
+            candidate.sock.close()
+        self._tried = []
+        for sock in (self._state, self._root):
+            if sock is not None:
+                sock.close()
+        self._state = self._root = None
+        if self._pidfd is not None:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            poll.poll(5000)
+            os.close(self._pidfd)
+            self._pidfd = None
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+        self._spent = 0.0
+
+    # Talking to the processes.
+
+    def _open(self) -> socket.socket:
+        if self._root is not None:
+            return self._root
+        limits = self.limits
+        cpu = limits.cpu_seconds or 2 * self.timeout
+        extra = isolations.module_paths(self.imports)
+        zygote = self._zygote = _zygote(self.isolation, extra)
+        order = {
+            "imports": sorted({*BASE_BUILTIN_MODULES, *self.imports}),
+            "seed": limits.seed,
+            "scratch_mb": limits.scratch_mb,
+            "limits": {
+                "AS": limits.memory_mb << 20,
+                "NPROC": limits.processes,
+                "NOFILE": 256,
+                "FSIZE": limits.scratch_mb << 20,
+                "CPU": max(1, int(cpu + 0.999)),
+                "CORE": 0,
+                "MEMLOCK": 0,
+            },
+        }
+        self._root, number, uid = zygote.open(order)
+        try:
+            ready, pid, self.user = _first_message(self._root)
+            if "ready" not in ready:
+                raise SandboxError(f"The sandbox cannot isolate a session: {ready.get('broken', 'it ended')}.", DOCTOR)
+            if self.user == 0 or (uid is not None and uid != self.user):
+                raise SandboxError("The sandbox did not give up the rights of root.", DOCTOR)
+            self._pidfd = os.pidfd_open(pid)
+            self._group = ControlGroup(f"{id(zygote):x}-{number}", limits.memory_mb << 20, limits.processes)
+            self._group.add(pid)
+            send(self._root, {"tools": list(self._host.tools), "variables": self._variables})
+        except (OSError, ValueError) as exc:
+            self.close()
+            raise SandboxError(f"The sandbox cannot start a session: {exc or 'no answer'}.", DOCTOR) from exc
+        except BaseException:
+            self.close()
+            raise
+        return self._root
+
+    def _set(self, tools: list[str], variables: dict[str, Any]) -> None:
+        for sock in (self._root, self._state):
+            if sock is not None:
+                with contextlib.suppress(OSError):  # found out by the next action
+                    send(sock, {"tools": tools, "variables": variables})
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Ask the root process.
+
+        Raises:
+            SandboxError: no answer; the session has ended.
+        """
+        assert self._root is not None
+        try:
+            self._root.settimeout(ANSWER_SECONDS)
+            send(self._root, message)
+            reply = receive(self._root, time.monotonic() + ANSWER_SECONDS)
+            if reply is not None and "broken" not in reply:
+                return reply
+            why = "it ended" if reply is None else reply["broken"]
+        except (OSError, ValueError) as exc:
+            why = str(exc) or "no answer"
+        raise self._gone(why)
+
+    def _gone(self, why: str) -> Exception:
+        """The session is gone: by the fault of the sandbox when the zygote is, else of the code."""
+        alive = self._zygote is not None and self._zygote.alive
+        self.close()
+        if not alive:
+            return SandboxError(f"The sandbox process ended ({why}).", "Run the command again.")
+        return CodeFailure(f"The code ended its session ({why}). {LOST}")
+
+    def _fork(self, count: int) -> list[_Candidate]:
+        root = self._open()
+        if self._state is not None or count > 1:
+            root.settimeout(ANSWER_SECONDS)
+            try:
+                send(root, {"thaw": count})
+            except OSError as exc:
+                raise self._gone(str(exc)) from exc
+            if count > 1:
+                try:
+                    reply = receive(root, time.monotonic() + ANSWER_SECONDS)
+                except (OSError, ValueError) as exc:
+                    raise self._gone(str(exc) or "no answer") from exc
+                if reply is None:
+                    raise self._gone("it ended")
+                if "error" in reply:
+                    raise CodeFailure(f"The working directory is too full to be copied ({reply['error']}).")
+        state = self._state or root
+        pairs = [socket.socketpair() for _ in range(count)]
+        try:
+            state.settimeout(ANSWER_SECONDS)
+            directories = list(range(count)) if count > 1 else None
+            send(state, {"fork": directories}, [theirs.fileno() for _, theirs in pairs])
+            reply = receive(state, time.monotonic() + ANSWER_SECONDS)
+            pids = reply.get("pids") if reply else None
+            if not isinstance(pids, list) or len(pids) != count or not all(type(pid) is int for pid in pids):
+                raise self._gone(str((reply or {}).get("broken", "it cannot fork"))[:200])
+        except (OSError, ValueError, RecursionError) as exc:
+            for ours, _ in pairs:
+                ours.close()
+            raise self._gone(str(exc) or "no answer") from exc
+        except BaseException:
+            for ours, _ in pairs:
+                ours.close()
+            raise
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
+        return [_Candidate(pid, ours) for pid, (ours, _) in zip(pids, pairs, strict=True)]
+
+    def _drive(self, tried: _Candidate, code: str, seconds: float, together: Round) -> None:
+        """Give a candidate its code, answer its calls, take its outcome."""
+        caller = self._host.caller(together)
+        began = time.monotonic()
+        try:
+            message, seconds = self._outcome(tried.sock, code, seconds, caller)
+            tried.outcome = _checked(message, caller, time.monotonic() - began)
+            return
+        except TimeoutError:
+            error = f"The code took longer than {seconds:.3g} s and was stopped. {KEPT}"
+            timed_out = True
+        except AgentkdError:
+            raise
+        except _Ended:
+            error, timed_out = self._why(tried.pid), False
+        except (OSError, ValueError, RecursionError) as exc:
+            error, timed_out = f"The code broke its interpreter ({exc}). {KEPT}", False
+        tried.outcome = Outcome(
+            error=valid_text(error),
+            timed_out=timed_out,
+            ended=True,
+            tool_uses=tuple(caller.uses),
+            seconds=time.monotonic() - began,
+        )
+
+    def _outcome(
+        self, sock: socket.socket, code: str, seconds: float, caller: Caller
+    ) -> tuple[dict[str, Any], float]:
+        deadline = time.monotonic() + seconds
+        sock.settimeout(seconds)
+        send(sock, {"code": code})
+        while True:
+            message = receive(sock, deadline)
+            if message is None:
+                raise _Ended
+            if "call" not in message:
+                return message, seconds
+            began = time.monotonic()
+            reply = caller.answer(message)
+            deadline += time.monotonic() - began
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            send(sock, reply)
+
+    def _why(self, pid: int) -> str:
+        """Why a candidate's process ended, as its parent knows."""
+        state = self._state or self._root
+        status: Any = None
+        if state is not None and len(self._tried) == 1:
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                for _ in range(20):
+                    send(state, {"ended": pid})
+                    status = (receive(state, time.monotonic() + 5) or {}).get("status")
+                    if status is not None:
+                        break
+                    time.sleep(0.005)  # its socket closes a moment before it is gone
+        if status == -signal.SIGXCPU or status == -signal.SIGKILL:
+            what = "used too much processor time or memory"
+        elif isinstance(status, int) and status < 0:
+            what = f"crashed its interpreter (signal {-status})"
+        else:
+            what = "ended its process"
+        return f"The code {what}. {KEPT}"
+
+
+class _Ended(Exception):
+    """A candidate's socket was closed."""
+
+
+def _checked(message: dict[str, Any], caller: Caller, seconds: float) -> Outcome:
+    """An outcome from what the sandbox sent, which may be anything."""
+    error, printed, final = message.get("error"), message.get("printed", ""), message.get("final", False)
+    well = (error is None or isinstance(error, str)) and isinstance(printed, str) and isinstance(final, bool)
+    if not well or "broken" in message:
+        raise ValueError(str(message.get("broken", "malformed outcome"))[:300])
+    return Outcome(
+        printed=valid_text(printed),
+        value=_valid(message.get("value")),
+        is_final=final,
+        error=None if error is None else valid_text(error),
+        tool_uses=tuple(caller.uses),
+        seconds=seconds,
+    )
+
+
+def _valid(value: Any) -> Any:
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, list):
+        return [_valid(item) for item in value]
+    if isinstance(value, dict):
+        return {valid_text(key): _valid(item) for key, item in value.items()}
+    return value
+
+
+def _first_message(sock: socket.socket) -> tuple[dict[str, Any], int, int]:
+    """The first message of a root process, with its process and user id as the kernel tells them."""
+    sock.settimeout(ANSWER_SECONDS)
+    _, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(12), socket.MSG_PEEK)
+    message = receive(sock, time.monotonic() + ANSWER_SECONDS) or {}
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            pid, uid, _ = struct.unpack("3i", data[:12])
+            return message, pid, uid
+    raise SandboxError("The sandbox does not say who it is.", DOCTOR)
+
+
+def _drain(sock: socket.socket) -> None:
+    """Drop what processes that are gone now may have written."""
+    sock.setblocking(False)
+    with contextlib.suppress(OSError):
+        while sock.recv(1 << 16):
+            pass
+    sock.setblocking(True)
