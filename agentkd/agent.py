@@ -264,7 +264,7 @@ def build_agent(
     *,
     kind: Literal["agent", "cot"] = "agent",
     prompt: str | None = None,
-    sandbox: str | None = None,
+    sandbox: str | Sandbox | None = None,
     imports: Sequence[str] = (),
     max_steps: int = 5,
     action_timeout: float = 10.0,
@@ -279,7 +279,8 @@ def build_agent(
         kind: "agent" acts in code; "cot" answers once, without tools.
         prompt: a system prompt, complete or with ``{tools}`` and ``{imports}`` in it; the
             teacher's by default.
-        sandbox: where code runs ("local"); must be chosen for kind "agent".
+        sandbox: where code runs: the name of a backend ("fork" by default, "e2b", "docker",
+            "local"), or a session.
         imports: modules that the code may import beside the standard ones.
         max_steps: actions before the run ends with ``StopReason.MAX_STEPS``.
         action_timeout: seconds for the code of one step.
@@ -287,14 +288,18 @@ def build_agent(
         verbose: print the run as smolagents does.
 
     Raises:
-        ConfigError: no sandbox, or an unknown one.
+        ConfigError: an unknown sandbox.
+        SandboxError: the sandbox is not available here; `agentkd doctor` says why.
     """
     from smolagents.local_python_executor import BASE_BUILTIN_MODULES
 
     chosen = tuple(tools) if kind == "agent" else ()
     template = prompt or (prompts.TEACHER if kind == "agent" else prompts.COT_TEACHER)
     modules = sorted({*BASE_BUILTIN_MODULES, *imports})
-    backend = (sandbox or None) if kind == "agent" else "local"  # a session that is never used costs nothing
+    if kind == "cot":
+        sandbox = "local"  # never used, and then it costs nothing
+    if sandbox is None or isinstance(sandbox, str):
+        sandbox = open_sandbox(sandbox, imports=imports, timeout=action_timeout)
     return StepAgent(
         kind=kind,
         force_answer=force_answer,
@@ -302,7 +307,7 @@ def build_agent(
         model=model,
         prompt_templates=_TEMPLATES,
         instructions=prompts.system_prompt(template, chosen, modules),
-        executor=open_sandbox(backend, imports=imports, timeout=action_timeout),
+        executor=sandbox,
         additional_authorized_imports=list(imports),
         max_steps=max_steps if kind == "agent" else 1,
         code_block_tags=(prompts.FENCE_OPEN, prompts.FENCE_CLOSE),

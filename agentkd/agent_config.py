@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentkd.retrieval import Passage
+from agentkd.sandbox import DEFAULT_BACKEND
 from agentkd.task import Task
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class AgentConfig(BaseModel):
     max_tokens: int = Field(default=512, ge=1)
     """Sampled tokens of one step."""
     max_steps: int = Field(default=5, ge=1)
-    sandbox: str | None = None
-    """Where code runs: "local"."""
+    sandbox: str = DEFAULT_BACKEND
+    """Where code runs: "fork", "e2b", "docker" or "local"."""
     imports: tuple[str, ...] = ()
     """Modules that code may import beside the standard ones."""
     search_k: int = Field(default=3, ge=1)

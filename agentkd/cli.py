@@ -30,8 +30,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfi
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Workers = Annotated[int, typer.Option(min=1, help="Rollouts in flight.")]
 Sandbox = Annotated[
-    str | None,
-    typer.Option(help='Where model-written code runs: "local" (a child process, not a security boundary).'),
+    str, typer.Option(help='Where model-written code runs: "fork", "e2b", "docker" or "local" (no boundary).')
 ]
 
 
@@ -150,9 +149,9 @@ def _teacher(
 
 @app.command(
     epilog="Examples:\n\n"
-    "`agentkd collect --teacher expert --tasks gym:products,lcm --n 40 --sandbox local --out runs/maths`\n\n"
+    "`agentkd collect --teacher expert --tasks gym:products,lcm --n 40 --out runs/maths`\n\n"
     "`agentkd collect --api-base http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-32B-Instruct "
-    "--tasks tasks.jsonl --corpus passages.jsonl --sandbox local --out runs/mine`"
+    "--tasks tasks.jsonl --corpus passages.jsonl --out runs/mine`"
 )
 def collect(
     tasks: Annotated[
@@ -175,7 +174,7 @@ def collect(
     kind: Annotated[
         str, typer.Option(help='"agent" (code and tools) or "cot" (chain of thought).')
     ] = "agent",
-    sandbox: Sandbox = None,
+    sandbox: Sandbox = "fork",
     corpus: Annotated[Path | None, typer.Option(help="Passages (JSONL) for the search tool.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Rollouts of each task.")] = 1,
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
@@ -320,7 +319,7 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int, float], None] |
 
 
 @app.command(
-    epilog="Examples:\n\n`agentkd evaluate student --tasks gym:products,lcm --n 100 --sandbox local --out eval`\n\n"
+    epilog="Examples:\n\n`agentkd evaluate student --tasks gym:products,lcm --n 100 --out eval`\n\n"
     "`agentkd evaluate smollm2-135m --kind cot --tasks gym:lcm --n 50 --out eval-base`"
 )
 def evaluate(
@@ -336,7 +335,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Model id at that endpoint.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
     kind: Annotated[str | None, typer.Option(help='"agent" or "cot"; the student\'s own by default.')] = None,
-    sandbox: Sandbox = None,
+    sandbox: Sandbox = "fork",
     corpus: Annotated[Path | None, typer.Option(help="Passages (JSONL) for the search tool.")] = None,
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
@@ -405,6 +404,7 @@ def quickstart(
     tiny: Annotated[
         bool, typer.Option("--tiny", help="A minute at toy size: shows the loop, not the result.")
     ] = False,
+    sandbox: Sandbox = "fork",
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the folder first.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -415,7 +415,8 @@ def quickstart(
     from agentkd.pipeline import quickstart as run
 
     size: Literal["tiny", "demo", "full"] = "full" if full else "tiny" if tiny else "demo"
-    summary = run(out, size=size, fresh=fresh, quiet=as_json)
+    _announce(sandbox)
+    summary = run(out, size=size, sandbox=sandbox, fresh=fresh, quiet=as_json)
     if as_json:
         _print_json(summary)
 

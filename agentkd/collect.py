@@ -79,7 +79,7 @@ def collect(
     if config.agent.kind == "agent":
         from agentkd.sandbox import open_sandbox
 
-        open_sandbox(config.agent.sandbox)  # raises the error that explains the choice
+        open_sandbox(config.agent.sandbox)  # raises what is missing before anything is written
     tasks, passages = _inputs(config, out)
     log = out / "trajectories.jsonl"
     wanted = len(tasks) * config.samples

@@ -39,9 +39,6 @@ class Display:
         self._began = 0.0
 
     def __enter__(self) -> Self:
-        from agentkd.sandbox import LOCAL_WARNING
-
-        self.console.print(f"[yellow]Note:[/yellow] {LOCAL_WARNING}", highlight=False)
         self._progress.start()
         return self
 

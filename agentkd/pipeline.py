@@ -61,14 +61,15 @@ class _Data(NamedTuple):
 
 
 def quickstart(
-    out: Path, *, size: Literal["tiny", "demo", "full"], fresh: bool, quiet: bool
+    out: Path, *, size: Literal["tiny", "demo", "full"], sandbox: str, fresh: bool, quiet: bool
 ) -> dict[str, Any]:
     """The quick start, see :func:`agentkd.recipe.quickstart_recipe`."""
     if fresh and out.exists():
         if not (out / "recipe.json").is_file():
             raise ConfigError(f"{out} is not a folder of the quick start, so --fresh does not delete it.")
         shutil.rmtree(out)
-    return run_recipe(quickstart_recipe(size), out, quiet=quiet)
+    recipe = quickstart_recipe(size).model_copy(update={"sandbox": sandbox})
+    return run_recipe(recipe, out, quiet=quiet)
 
 
 def run_recipe(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -415,7 +416,7 @@ def _next_steps(recipe: Recipe, out: Path) -> list[str]:
         "# a real teacher (any OpenAI-compatible endpoint, for instance vLLM on a GPU machine):",
         "vllm serve Qwen/Qwen2.5-32B-Instruct --port 8001",
         "agentkd collect --api-base http://127.0.0.1:8001/v1 --model Qwen/Qwen2.5-32B-Instruct "
-        "--tasks tasks.jsonl --corpus passages.jsonl --sandbox local --out runs/mine",
+        "--tasks tasks.jsonl --corpus passages.jsonl --out runs/mine",
         "agentkd filter runs/mine --out runs/mine/kept",
         "# a larger student; a GPU is used when there is one:",
         "agentkd distill runs/mine/kept/kept.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --lr 2e-4 --rank 64 "
@@ -433,7 +434,7 @@ def evaluate_command(
     seed: int,
     endpoint: tuple[str | None, str | None, str | None],
     kind: str | None,
-    sandbox: str | None,
+    sandbox: str,
     corpus: Path | None,
     temperature: float,
     max_tokens: int,
@@ -474,7 +475,7 @@ def _endpoint_config(
     model: str | None,
     api_key: str | None,
     kind: Literal["agent", "cot"] | None,
-    sandbox: str | None,
+    sandbox: str,
     temperature: float,
     max_tokens: int,
 ) -> AgentConfig:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from agentkd.errors import ConfigError, boundary
 from agentkd.filter import FilterConfig
+from agentkd.sandbox import DEFAULT_BACKEND
 
 __all__ = ["Recipe", "StudentRecipe", "TaskMix", "TeacherRecipe", "load_recipe", "quickstart_recipe"]
 
@@ -77,8 +78,8 @@ class Recipe(_Part):
     """Test tasks for the untrained base model (0 leaves it out)."""
     groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Families that the report also shows pooled."""
-    sandbox: str | None = None
-    """Where model-written code runs: "local"."""
+    sandbox: str = DEFAULT_BACKEND
+    """Where model-written code runs: "fork", "e2b", "docker" or "local"."""
     search_k: int = Field(default=3, ge=1)
     """Passages that one search returns, for teacher and students alike."""
     max_tokens: int = Field(default=256, ge=1)
@@ -153,7 +154,6 @@ def quickstart_recipe(size: Literal["tiny", "demo", "full"]) -> Recipe:
         students=_students(size),
         base_n={"tiny": 4, "demo": 40, "full": 96}[size],
         groups={"arithmetic (pooled)": ARITHMETIC},
-        sandbox="local",
         search_k=2,
         max_tokens=32 if size == "tiny" else 320,
         notes=_NOTES,

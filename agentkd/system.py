@@ -11,6 +11,7 @@ from agentkd import prompt as prompts
 from agentkd.agent_config import AgentConfig
 from agentkd.engine.model import EngineModel
 from agentkd.errors import ConfigError
+from agentkd.sandbox import DEFAULT_BACKEND, open_sandbox
 
 __all__ = ["System", "open_system"]
 
@@ -27,7 +28,7 @@ def open_system(
     what: str,
     *,
     kind: Literal["agent", "cot"] | None = None,
-    sandbox: str | None = None,
+    sandbox: str = DEFAULT_BACKEND,
     temperature: float = 0.0,
     max_tokens: int = 512,
     max_batch: int = 32,
@@ -37,12 +38,13 @@ def open_system(
     Args:
         what: a student folder, "smollm2-135m", a Hub id or a model folder.
         kind: how it is asked; a student's own by default, needed for a base model.
-        sandbox: where its code runs; needed for kind "agent".
+        sandbox: where its code runs.
         temperature, max_tokens: sampling of one step.
         max_batch: sequences decoded together.
 
     Raises:
-        ConfigError: no such model, no kind, or no sandbox.
+        ConfigError: no such model, no kind, or an unknown sandbox.
+        SandboxError: the sandbox is not available here.
     """
     from agentkd.engine.student import load_student
     from agentkd.engine.torch_engine import TorchEngine
@@ -62,10 +64,8 @@ def open_system(
             )
         prompt = prompts.STUDENT if kind == "agent" else prompts.COT_STUDENT
         max_steps, imports = 5, ()
-    if kind == "agent" and sandbox is None:
-        from agentkd.sandbox import open_sandbox
-
-        open_sandbox(None)  # raises the error that explains the choice
+    if kind == "agent":
+        open_sandbox(sandbox)  # raises what is missing before the model is loaded
     if is_student:
         engine = TorchEngine.load(student.base, adapter=Path(what) / "adapter", max_batch=max_batch)
         tokenizer = load_tokenizer(Path(what))

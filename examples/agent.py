@@ -14,7 +14,7 @@ def main() -> None:
     taskset = load_taskset("almanac:hops=2", "train", n=1)
     search = load_tool("search", retriever=BM25Retriever(taskset.passages))
     with expert_endpoint(seed=0, error_rate=0.0) as url:
-        agent = build_agent(openai_model("offline-expert", url), [search], sandbox="local")
+        agent = build_agent(openai_model("offline-expert", url), [search])
         record = rollout(agent, taskset.tasks[0])
         agent.cleanup()
     print(record.task.question)

@@ -27,7 +27,7 @@ def main() -> None:
     model = ScriptedModel(
         ["Thought: I add both.\n```python\nfinal_answer(in_stock('lamp') + in_stock('chair'))\n```"]
     )
-    agent = build_agent(model, [Inventory()], sandbox="local")
+    agent = build_agent(model, [Inventory()])
     record = rollout(
         agent, Task(id="1", question="How many lamps and chairs?", answer="15", scorer="numeric")
     )

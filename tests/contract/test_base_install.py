@@ -20,7 +20,7 @@ from agentkd.rollout import rollout
 from agentkd.testing import ScriptedModel
 search = load_tool("search", retriever=BM25Retriever([Passage(id="1", title="Silver Harbor", text="A town.")]))
 model = ScriptedModel(["Thought: look\\n```python\\nfinal_answer(search('Silver Harbor'))\\n```"])
-agent = build_agent(model, [search], sandbox="local")
+agent = build_agent(model, [search])
 print(rollout(agent, Task(id="1", question="What is Silver Harbor?")).answer)
 agent.cleanup()
 try:

@@ -115,12 +115,11 @@ def test_the_stages_of_the_readme_work_one_by_one(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
-    local = ["--sandbox", "local"]
     tasks = ["--tasks", "gym:products,lcm"]
-    collected = agentkd("collect", "--teacher", "expert", *tasks, "--n", "12", *local, "--out", "run")
+    collected = agentkd("collect", "--teacher", "expert", *tasks, "--n", "12", "--out", "run")
     assert collected["finished"] == 12
     kept = agentkd("filter", "run", "--out", "run/kept")
     assert kept["kept"]
     agentkd("distill", "run/kept/kept.jsonl", "--steps", "2", "--out", "student")
-    result = agentkd("evaluate", "student", *tasks, "--n", "4", *local, "--max-tokens", "48", "--out", "eval")
+    result = agentkd("evaluate", "student", *tasks, "--n", "4", "--max-tokens", "48", "--out", "eval")
     assert result["overall"]["n"] == 4  # type: ignore[index]

@@ -24,6 +24,6 @@ def test_a_student_is_trained_and_answers_on_the_gpu(tmp_path: Path) -> None:
     filter_run(KEPT, tmp_path / "kept")
     student = distill(tmp_path / "kept" / "kept.jsonl", tmp_path / "student", DistillConfig(steps=5))
     assert student.training["n_examples"] > 50
-    with open_system(str(tmp_path / "student"), sandbox="local", max_tokens=32) as system:
+    with open_system(str(tmp_path / "student"), max_tokens=32) as system:
         answer = system.model.generate([{"role": "user", "content": "What is 2 times 3?"}])
     assert answer.token_usage.output_tokens > 0

@@ -22,7 +22,7 @@ def test_an_agent_calls_a_tool_of_an_mcp_server(request: pytest.FixtureRequest) 
     script = str(request.config.rootpath / "examples" / "mcp_server.py")
     with mcp_tools(mcp.StdioServerParameters(command=sys.executable, args=[script])) as tools:
         model = ScriptedModel([action("convert", "final_answer(celsius(fahrenheit=212))")])
-        agent = build_agent(model, tools, sandbox="local")
+        agent = build_agent(model, tools)
         record = rollout(agent, Task(id="1", question="212 F in C?", answer="100", scorer="numeric"))
         agent.cleanup()
     assert record.correct

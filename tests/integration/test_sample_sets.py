@@ -40,7 +40,7 @@ def observed(session: Any, step: Step) -> tuple[str | None, Any]:
 
 
 def replay(trajectory: Trajectory) -> str | None:
-    session = open_sandbox("local")
+    session = open_sandbox()
     tools = {"search": Recorded("search"), "final_answer": object()}
     session.send_tools(tools)
     answer = None

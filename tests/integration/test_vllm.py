@@ -23,7 +23,7 @@ pytestmark = [
 def test_an_agent_runs_against_vllm_and_gets_token_ids() -> None:
     check_endpoint(URL, MODEL)
     model = openai_model(MODEL, URL, max_tokens=64, extra_body={"return_token_ids": True})
-    agent = build_agent(model, sandbox="local", max_steps=1)
+    agent = build_agent(model, max_steps=1)
     record = rollout(agent, Task(id="1", question="What is 2 times 3?", answer="6", scorer="numeric"))
     agent.cleanup()
     assert not record.stop_reason.is_error, record.failure

@@ -25,7 +25,7 @@ def run() -> Iterator[Any]:
     def go(
         outputs: list[str], *tools: Any, task: Task = TASK, max_seconds: float | None = None, **options: Any
     ):
-        agent = build_agent(ScriptedModel(outputs), tools, sandbox="local", **options)
+        agent = build_agent(ScriptedModel(outputs), tools, **options)
         agents.append(agent)
         return rollout(agent, task, max_seconds=max_seconds)
 
@@ -68,7 +68,7 @@ def test_the_model_sees_exactly_what_the_record_renders() -> None:
     model = ScriptedModel(
         [action("one", "print(1)"), action("two", "1 / 0"), action("three", "final_answer(7)")]
     )
-    agent = build_agent(model, sandbox="local")
+    agent = build_agent(model)
     record = rollout(agent, TASK)
     agent.cleanup()
     seen = [{"role": m.role.value, "content": m.content[0]["text"]} for m in model.seen[-1]]
@@ -130,9 +130,16 @@ def test_a_tool_that_fails_is_told_to_the_model(run: Any) -> None:
     assert record.correct
 
 
-def test_code_needs_a_sandbox_that_the_user_chose() -> None:
-    with pytest.raises(ConfigError, match="--sandbox local"):
-        build_agent(ScriptedModel([]))
+def test_code_runs_in_the_fork_sandbox_unless_told_otherwise() -> None:
+    from agentkd.sandbox import ForkingSandbox
+    from agentkd.sandbox.fork import ForkSandbox
+
+    assert isinstance(build_agent(ScriptedModel([])).sandbox, ForkSandbox)
+    own = ForkSandbox(timeout=1.0)
+    assert isinstance(own, ForkingSandbox)
+    assert build_agent(ScriptedModel([]), sandbox=own).sandbox is own
+    with pytest.raises(ConfigError, match="fork, e2b, docker, local"):
+        build_agent(ScriptedModel([]), sandbox="moon")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,7 @@ def test_faults_of_an_endpoint_are_stop_reasons(fault: tuple[int, bytes], reason
     from agentkd.model import openai_model
 
     with FakeEndpoint(lambda messages: fault) as endpoint:
-        agent = build_agent(openai_model("fake", endpoint.url, retries=0), sandbox="local")
+        agent = build_agent(openai_model("fake", endpoint.url, retries=0))
         record = rollout(agent, TASK)
         agent.cleanup()
     assert record.stop_reason == reason
@@ -162,7 +169,7 @@ def test_faults_of_an_endpoint_are_stop_reasons(fault: tuple[int, bytes], reason
 def test_a_dead_endpoint_is_a_stop_reason() -> None:
     from agentkd.model import openai_model
 
-    agent = build_agent(openai_model("fake", "http://127.0.0.1:9/v1", retries=0), sandbox="local")
+    agent = build_agent(openai_model("fake", "http://127.0.0.1:9/v1", retries=0))
     record = rollout(agent, TASK)
     agent.cleanup()
     assert record.stop_reason == StopReason.PROVIDER_ERROR

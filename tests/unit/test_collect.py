@@ -40,7 +40,7 @@ def teacher(messages: list[dict[str, Any]]) -> str:
 
 
 def config(tasks: Path, url: str, **changes: Any) -> CollectConfig:
-    agent = AgentConfig(model="fake", api_base=url, sandbox="local")
+    agent = AgentConfig(model="fake", api_base=url)
     return CollectConfig(tasks=str(tasks), agent=agent, workers=3, **changes)
 
 

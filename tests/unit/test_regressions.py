@@ -39,7 +39,7 @@ def one_task(folder: Path, **changes: Any) -> Path:
 
 
 def config(tasks: Path, url: str, corpus: Path | None = None, **agent: Any) -> CollectConfig:
-    settings = {"model": "fake", "api_base": url, "sandbox": "local", **agent}
+    settings = {"model": "fake", "api_base": url, **agent}
     return CollectConfig(tasks=str(tasks), corpus=corpus, agent=AgentConfig(**settings), workers=2)
 
 
@@ -53,7 +53,7 @@ def config(tasks: Path, url: str, corpus: Path | None = None, **agent: Any) -> C
     ],
 )
 def test_half_a_surrogate_pair_can_be_stored(text: str) -> None:
-    agent = build_agent(ScriptedModel([text]), sandbox="local", max_steps=1)
+    agent = build_agent(ScriptedModel([text]), max_steps=1)
     record = rollout(agent, Task(id="1", question="q", answer="1"))
     agent.cleanup()
     assert Trajectory.model_validate_json(record.model_dump_json()) == record
@@ -123,7 +123,7 @@ def test_ctrl_c_exits_with_130_and_keeps_what_is_finished(tmp_path: Path) -> Non
         time.sleep(0.05)
         return answer(messages)
 
-    command = [sys.executable, "-m", "agentkd", "collect", "--model", "fake", "--sandbox", "local"]
+    command = [sys.executable, "-m", "agentkd", "collect", "--model", "fake"]
     log = tmp_path / "run" / "trajectories.jsonl"
     with FakeEndpoint(slow) as endpoint:
         command += ["--api-base", endpoint.url, "--tasks", str(tmp_path / "tasks.jsonl"), "--workers", "2"]
