@@ -8,6 +8,7 @@ and a user that is not root: its own user namespace, or, when the host is root, 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -26,7 +27,7 @@ __all__ = ["ISOLATION_VARIABLE", "Isolation", "choose", "module_paths", "setup",
 ISOLATION_VARIABLE = "AGENTKD_SANDBOX_ISOLATION"
 """Environment variable that picks "bubblewrap" or "landlock"."""
 
-PRELOAD = ("numpy", "sympy", "fractions", "statistics", "itertools", "collections", "datetime", "decimal", "re")
+PRELOAD = ("numpy", "numpy.random", "numpy.linalg", "sympy", "fractions", "statistics", "datetime", "decimal", "re")
 """Imported once, by the zygote, where installed."""
 
 _SYSTEM = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache",
@@ -78,7 +79,8 @@ def choose(kind: str | None = None) -> Isolation:
     return Isolation(kind, bwrap, version, os.geteuid() == 0)  # type: ignore[arg-type]
 
 
-def module_paths(imports: Iterable[str]) -> tuple[str, ...]:
+@functools.cache
+def module_paths(imports: tuple[str, ...]) -> tuple[str, ...]:
     """Folders or files of allowed modules that lie outside of the library and site-packages."""
     library = _library()
     found = set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
+import functools
 import platform
 import struct
 from collections.abc import Iterable
@@ -69,6 +69,7 @@ _DENY = 0x00050000 | errno.EPERM
 _MISSING = 0x00050000 | errno.ENOSYS
 
 
+@functools.cache
 def program(machine: str) -> bytes:
     """The filter as BPF for one architecture ("x86_64", "aarch64").
 
@@ -114,4 +115,4 @@ def install() -> None:
     code = program(platform.machine())
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("=H6xQ", len(code) // 8, ctypes.addressof(buffer))
-    syscall(_ARCH[os.uname().machine][2], 1, 0, ctypes.create_string_buffer(header, len(header)))
+    syscall(_ARCH[platform.machine()][2], 1, 0, ctypes.create_string_buffer(header, len(header)))

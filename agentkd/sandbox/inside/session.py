@@ -14,6 +14,7 @@ import fcntl
 import gc
 import os
 import random
+import resource
 import select
 import shutil
 import signal
@@ -32,7 +33,6 @@ from .kernel import (
     MS_RDONLY,
     MS_REC,
     die_with_parent,
-    drop_bounding_set,
     drop_capabilities,
     mount,
     no_new_privileges,
@@ -111,7 +111,6 @@ class Session:
         mount("tmpfs", order["scratch"], "tmpfs", safe, size)
         mount("tmpfs", "/proc", "tmpfs", safe | MS_RDONLY, "size=4k")
         if uid is not None:
-            drop_bounding_set()
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
@@ -209,8 +208,6 @@ class Session:
 
     def _become(self) -> None:
         """Give up every right. Only then the model's code runs."""
-        import resource
-
         limits = self.order["limits"]
         for name, value in limits.items():
             number = getattr(resource, f"RLIMIT_{name}")

@@ -10,13 +10,14 @@ import contextlib
 import gc
 import importlib
 import os
+import platform
 import select
 import signal
 import socket
 import sys
 from typing import Any
 
-from . import kernel
+from . import kernel, seccomp
 from .kernel import MS_BIND, MS_NODEV, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC, MS_REMOUNT, NAMESPACES
 from .session import Session
 from .wire import receive_fds, send
@@ -42,8 +43,12 @@ def main() -> None:
     for name in setup["preload"]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    if os.geteuid() == 0:
+        kernel.drop_bounding_set()
+    seccomp.program(platform.machine())  # once, and now if there is none for this architecture
     gc.collect()
     gc.freeze()
+    kernel.collapse()
     send(control, {"ready": True, "version": list(sys.version_info[:3]), "library": os.path.dirname(os.__file__)})
     poll = select.poll()
     poll.register(control, select.POLLIN)
