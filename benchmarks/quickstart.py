@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-quickstart"))
     options = parser.parse_args()
     size = "demo" if options.quick else "full"
-    summary = quickstart(options.out / size, size=size, fresh=False, quiet=False)
+    summary = quickstart(options.out / size, size=size, sandbox="fork", fresh=False, quiet=False)
     systems = read_json(options.out / size / "report" / "report.json")["systems"]
     metrics: dict[str, float] = {"seconds": round(summary["seconds"], 1)}
     for name, result in systems.items():

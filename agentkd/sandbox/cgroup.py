@@ -18,7 +18,7 @@ _PREFIX = "agentkd-"
 
 
 def available() -> str:
-    """"v2", "v1" or ""."""
+    """ "v2", "v1" or ""."""
     return _parents()[0]
 
 

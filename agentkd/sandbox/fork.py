@@ -136,7 +136,9 @@ class _Zygote:
         except BaseException as exc:
             ours.close()
             if isinstance(exc, (OSError, ValueError)):
-                raise SandboxError(f"The sandbox is gone ({exc or 'no answer'}).", "Run the command again.") from exc
+                raise SandboxError(
+                    f"The sandbox is gone ({exc or 'no answer'}).", "Run the command again."
+                ) from exc
             raise
         finally:
             theirs.close()
@@ -292,7 +294,9 @@ class ForkSandbox(PythonExecutor):
         seconds = (timeout or self.timeout) * max(1.0, len(codes) / (os.cpu_count() or 1))
         if self._spent > self.limits.session_seconds:
             self.close()
-            raise CodeFailure(f"The session's {self.limits.session_seconds:g} s are used up. {LOST}", timed_out=True)
+            raise CodeFailure(
+                f"The session's {self.limits.session_seconds:g} s are used up. {LOST}", timed_out=True
+            )
         began = time.monotonic()
         try:
             self._tried = self._fork(len(codes))
@@ -303,7 +307,9 @@ class ForkSandbox(PythonExecutor):
                 with ThreadPoolExecutor(len(codes)) as pool:
                     list(
                         pool.map(
-                            lambda tried, code: self._drive(tried, code, seconds, together), self._tried, codes
+                            lambda tried, code: self._drive(tried, code, seconds, together),
+                            self._tried,
+                            codes,
                         )
                     )
         except BaseException:
@@ -401,7 +407,9 @@ class ForkSandbox(PythonExecutor):
         try:
             ready, pid, self.user = _first_message(self._root)
             if "ready" not in ready:
-                raise SandboxError(f"The sandbox cannot isolate a session: {ready.get('broken', 'it ended')}.", DOCTOR)
+                raise SandboxError(
+                    f"The sandbox cannot isolate a session: {ready.get('broken', 'it ended')}.", DOCTOR
+                )
             if self.user == 0 or (uid is not None and uid != self.user):
                 raise SandboxError("The sandbox did not give up the rights of root.", DOCTOR)
             self._pidfd = os.pidfd_open(pid)

@@ -27,7 +27,17 @@ __all__ = ["ISOLATION_VARIABLE", "Isolation", "choose", "module_paths", "setup",
 ISOLATION_VARIABLE = "AGENTKD_SANDBOX_ISOLATION"
 """Environment variable that picks "bubblewrap" or "landlock"."""
 
-PRELOAD = ("numpy", "numpy.random", "numpy.linalg", "sympy", "fractions", "statistics", "datetime", "decimal", "re")
+PRELOAD = (
+    "numpy",
+    "numpy.random",
+    "numpy.linalg",
+    "sympy",
+    "fractions",
+    "statistics",
+    "datetime",
+    "decimal",
+    "re",
+)
 """Imported once, by the zygote, where installed."""
 
 _SYSTEM = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache",
@@ -118,7 +128,9 @@ def setup(isolation: Isolation, extra: Sequence[str]) -> dict[str, Any]:
 _ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
 
 
-def zygote_command(isolation: Isolation, settings: dict[str, Any], fd: int) -> tuple[list[str], dict[str, str]]:
+def zygote_command(
+    isolation: Isolation, settings: dict[str, Any], fd: int
+) -> tuple[list[str], dict[str, str]]:
     """Command line and environment that start the zygote on the socket ``fd``."""
     python = os.path.realpath(sys.executable)
     # No site module and no user folders: the paths of this process are sent over instead.
@@ -137,7 +149,18 @@ def zygote_command(isolation: Isolation, settings: dict[str, Any], fd: int) -> t
     view += ["--perms", "0755", "--dir", "/dev"]
     for device in _DEVICES:
         view += ["--dev-bind", device, device]
-    view += ["--proc", "/proc", "--perms", "0755", "--dir", settings["scratch"], "--remount-ro", "/", "--chdir", "/"]
+    view += [
+        "--proc",
+        "/proc",
+        "--perms",
+        "0755",
+        "--dir",
+        settings["scratch"],
+        "--remount-ro",
+        "/",
+        "--chdir",
+        "/",
+    ]
     return [*view, "--", *command], environment
 
 
@@ -191,5 +214,6 @@ def _mount_point(readable: Sequence[str]) -> str:
         if os.path.isdir(place) and real == place and not any(_beneath(path, [place]) for path in readable):
             return place
     raise SandboxError(
-        "No folder to mount a scratch directory over.", f"Make one of {', '.join(_MOUNT_POINTS)} an empty folder."
+        "No folder to mount a scratch directory over.",
+        f"Make one of {', '.join(_MOUNT_POINTS)} an empty folder.",
     )

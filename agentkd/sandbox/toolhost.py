@@ -124,7 +124,9 @@ class Caller:
             raise ValueError("malformed call")
         key = json.dumps([name, args, kwargs], sort_keys=True)
         if len(key) > ARGUMENT_LIMIT:
-            return {"error": f"ValueError in {name[:80]}: the arguments are longer than {ARGUMENT_LIMIT} characters"}
+            return {
+                "error": f"ValueError in {name[:80]}: the arguments are longer than {ARGUMENT_LIMIT} characters"
+            }
         self._seen[key] += 1
         reply, use = self._together.once((key, self._seen[key]), lambda: self._host.call(name, args, kwargs))
         self.uses.append(use)
