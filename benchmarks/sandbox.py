@@ -11,6 +11,7 @@ Some two minutes on two cores; ``--quick`` takes half a minute.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from smolagents.local_python_executor import LocalPythonExecutor
@@ -66,7 +68,9 @@ class Meter:
 
     def close(self) -> None:
         if self.folder:
-            (self.folder.parent / "cgroup.procs").write_text(str(os.getpid()))
+            for pid in (self.folder / "cgroup.procs").read_text().split():
+                with contextlib.suppress(OSError):  # it has just ended
+                    (self.folder.parent / "cgroup.procs").write_text(pid)
             time.sleep(0.2)
             self.folder.rmdir()
 
@@ -102,7 +106,7 @@ def local_candidates(executor: LocalPythonExecutor, codes: list[str]) -> None:
     kept = executor.state
     for code in codes:
         executor.state = {
-            key: value if type(value).__name__ == "module" else copy.deepcopy(value)
+            key: value if isinstance(value, ModuleType) else copy.deepcopy(value)
             for key, value in kept.items()
         }
         executor(code)

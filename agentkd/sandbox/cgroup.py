@@ -29,7 +29,7 @@ def _parents() -> tuple[str, list[Path]]:
     except OSError:
         return "", []
     for line in lines:
-        number, names, path = line.split(":", 2)
+        number, _, path = line.split(":", 2)
         if number == "0":
             for place in (_ROOT / path.lstrip("/")).parents if path != "/" else (_ROOT,):
                 control = place / "cgroup.subtree_control"

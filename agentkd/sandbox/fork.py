@@ -106,10 +106,8 @@ class _Zygote:
                 self.stop()
                 log.seek(0)
                 tail = log.read()[-2000:].decode(errors="replace").strip().splitlines()
-                raise SandboxError(
-                    f"The sandbox did not start ({self.isolation.kind}): {tail[-1] if tail else 'no message'}.",
-                    DOCTOR,
-                )
+                why = tail[-1] if tail else "no message"
+                raise SandboxError(f"The sandbox did not start ({self.isolation.kind}): {why}.", DOCTOR)
         ours.settimeout(None)
         if os.path.realpath(ready["library"]) != os.path.realpath(os.path.dirname(os.__file__)):
             self.stop()
@@ -305,13 +303,12 @@ class ForkSandbox(PythonExecutor):
                 self._drive(self._tried[0], codes[0], seconds, together)
             else:
                 with ThreadPoolExecutor(len(codes)) as pool:
-                    list(
-                        pool.map(
-                            lambda tried, code: self._drive(tried, code, seconds, together),
-                            self._tried,
-                            codes,
-                        )
-                    )
+                    jobs = [
+                        pool.submit(self._drive, tried, code, seconds, together)
+                        for tried, code in zip(self._tried, codes, strict=True)
+                    ]
+                for job in jobs:
+                    job.result()
         except BaseException:
             self.close()
             raise

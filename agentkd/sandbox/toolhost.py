@@ -124,9 +124,7 @@ class Caller:
             raise ValueError("malformed call")
         key = json.dumps([name, args, kwargs], sort_keys=True)
         if len(key) > ARGUMENT_LIMIT:
-            return {
-                "error": f"ValueError in {name[:80]}: the arguments are longer than {ARGUMENT_LIMIT} characters"
-            }
+            return {"error": f"ValueError in {name[:80]}: arguments of more than {ARGUMENT_LIMIT} characters"}
         self._seen[key] += 1
         reply, use = self._together.once((key, self._seen[key]), lambda: self._host.call(name, args, kwargs))
         self.uses.append(use)
@@ -136,8 +134,8 @@ class Caller:
 def _check(tool: Any, arguments: dict[str, Any]) -> None:
     """Arguments are what the tool's schema says."""
     for name, value in arguments.items():
-        schema = getattr(tool, "inputs", {}).get(name)
-        kinds = schema.get("type") if isinstance(schema, dict) else None
+        schema = getattr(tool, "inputs", {}).get(name) or {}
+        kinds = schema.get("type")
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if not kinds or "any" in kinds or not all(kind in _TYPES for kind in kinds):
             continue

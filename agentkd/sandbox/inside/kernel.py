@@ -69,8 +69,8 @@ def clone(flags: int) -> int:
     """
     api = ctypes.pythonapi
     api.PyOS_BeforeFork()
-    pid = int(_held.syscall(ctypes.c_long(_CLONE[platform.machine()]), ctypes.c_long(flags | signal.SIGCHLD),
-                            ctypes.c_long(0), ctypes.c_long(0), ctypes.c_long(0), ctypes.c_long(0)))  # fmt: skip
+    arguments = [_CLONE[platform.machine()], flags | signal.SIGCHLD, 0, 0, 0, 0]
+    pid = int(_held.syscall(*map(ctypes.c_long, arguments)))
     number = ctypes.get_errno()
     if pid == 0:
         api.PyOS_AfterFork_Child()

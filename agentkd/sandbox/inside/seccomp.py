@@ -12,7 +12,6 @@ import errno
 import functools
 import platform
 import struct
-from collections.abc import Iterable
 
 from .kernel import syscall
 
@@ -52,7 +51,7 @@ getrandom:318:278
 
 _ARCH = {"x86_64": (0, 0xC000003E, 317), "aarch64": (1, 0xC00000B7, 277)}
 """Column of the table, AUDIT_ARCH of the kernel, number of seccomp(2)."""
-_CHECKED = {
+_CHECKED: dict[str, tuple[tuple[int, int], int, str, int | tuple[int, ...]]] = {
     # Threads and forks, but no new namespaces, no tracing, no children in the parent's name.
     "clone": ((56, 220), 0, "without", 0x7E02A080),
     "prctl": ((157, 167), 0, "among", (15, 16, 23, 0x53564D41)),  # names, reading a capability, naming memory
@@ -91,7 +90,7 @@ def program(machine: str) -> bytes:
     return b"".join(struct.pack("=HBBI", *line) for line in lines)
 
 
-def _check(argument: int, how: str, what: int | Iterable[int]) -> list[tuple[int, int, int, int]]:
+def _check(argument: int, how: str, what: int | tuple[int, ...]) -> list[tuple[int, int, int, int]]:
     body = [(_LOAD, 0, 0, 16 + 8 * argument)]
     if isinstance(what, int):
         return [*body, (_JSET, 0, 1, what), (_RET, 0, 0, _DENY), (_RET, 0, 0, _ALLOW)]

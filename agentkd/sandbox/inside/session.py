@@ -21,6 +21,7 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 import threading
 from typing import Any, NoReturn
 
@@ -165,7 +166,10 @@ class Session:
         return {"kept": kept and alive, "lost": chosen is not None and not alive}
 
     def _sweep(self, keep: int | None) -> bool:
-        """Stop ``keep``, kill all other processes of the session. Whether ``keep`` lives."""
+        """Stop ``keep``, kill all other processes of the session. Whether ``keep`` lives.
+
+        When there are more than can be counted the session ends here, and the kernel ends them.
+        """
         if keep is not None:
             _signal(keep, signal.SIGSTOP)
         before = self.current
@@ -180,7 +184,7 @@ class Session:
             if not killed:
                 self.swept = last
                 return keep is not None and _lives(keep)
-        _exit(1)  # more processes than can be counted: the kernel ends them with this one
+        return bool(_exit(1))
 
     # The processes that run the code.
 
@@ -228,8 +232,7 @@ class Session:
             _reopen(self.home, path)
             os.chdir(path)
         os.environ["TMPDIR"] = path
-        if (tempfile := sys.modules.get("tempfile")) is not None:
-            tempfile.tempdir = None
+        tempfile.tempdir = None
 
     def _serve(self) -> NoReturn:
         try:

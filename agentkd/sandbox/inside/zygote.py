@@ -49,10 +49,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     kernel.collapse()
-    send(
-        control,
-        {"ready": True, "version": list(sys.version_info[:3]), "library": os.path.dirname(os.__file__)},
-    )
+    send(control, {"ready": True, "library": os.path.dirname(os.__file__)})
     poll = select.poll()
     poll.register(control, select.POLLIN)
     poll.register(host, select.POLLIN)
