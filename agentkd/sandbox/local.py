@@ -16,15 +16,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from smolagents.local_python_executor import CodeOutput, PythonExecutor
 
 from agentkd.errors import AgentkdError, SandboxError
 from agentkd.sandbox import CodeFailure
-from agentkd.sandbox.zygote import plain, receive, send
-from agentkd.trajectory import ToolUse, valid_text
+from agentkd.sandbox.inside.wire import plain, receive, send
+from agentkd.sandbox.toolhost import ToolHost
+from agentkd.trajectory import ToolUse
 
 __all__ = ["LocalSandbox"]
 
@@ -84,7 +85,7 @@ class _Zygote:
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         with tempfile.TemporaryFile() as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "agentkd.sandbox.zygote", str(theirs.fileno())],
+                [sys.executable, "-m", "agentkd.sandbox.local_zygote", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -139,16 +140,16 @@ class LocalSandbox(PythonExecutor):
     def __init__(self, imports: Sequence[str] = (), timeout: float = 10.0) -> None:
         self.imports = tuple(imports)
         self.timeout = timeout
-        self._tools: dict[str, Callable[..., Any]] = {}
+        self._host = ToolHost()
         self._variables: dict[str, Any] = {}
         self._uses: list[ToolUse] = []
         self._pid: int | None = None
         self._sock: socket.socket | None = None
 
     def send_tools(self, tools: dict[str, Any]) -> None:
-        self._tools.update(tools)
+        self._host.tools.update(tools)
         if self._sock is not None:
-            send(self._sock, {"tools": list(self._tools)})
+            send(self._sock, {"tools": list(self._host.tools)})
 
     def send_variables(self, variables: dict[str, Any]) -> None:
         self._variables.update({name: plain(value) for name, value in variables.items()})
@@ -158,12 +159,12 @@ class LocalSandbox(PythonExecutor):
     def __call__(self, code_action: str) -> CodeOutput:
         sock = self._open()
         deadline = time.monotonic() + self.timeout
+        caller = self._host.caller()
         try:
             sock.settimeout(self.timeout)
             send(sock, {"code": code_action})
             while True:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                message = receive(sock)
+                message = receive(sock, deadline)
                 if message is None or "broken" in message:
                     self._end()
                     raise CodeFailure("The code ended its interpreter. All variables are lost.")
@@ -171,7 +172,7 @@ class LocalSandbox(PythonExecutor):
                     return self._outcome(message)
                 began = time.monotonic()
                 sock.settimeout(None)
-                send(sock, self._call(message))
+                send(sock, caller.answer(message))
                 deadline += time.monotonic() - began
         except TimeoutError:
             self._end()
@@ -185,6 +186,8 @@ class LocalSandbox(PythonExecutor):
         except AgentkdError:
             self._end()
             raise
+        finally:
+            self._uses += caller.uses
 
     def take_tool_uses(self) -> tuple[ToolUse, ...]:
         uses, self._uses = tuple(self._uses), []
@@ -196,7 +199,7 @@ class LocalSandbox(PythonExecutor):
     def _open(self) -> socket.socket:
         if self._sock is None:
             self._pid, self._sock = _zygote.open(self.imports)
-            send(self._sock, {"tools": list(self._tools)})
+            send(self._sock, {"tools": list(self._host.tools)})
             if self._variables:
                 send(self._sock, {"variables": self._variables})
         return self._sock
@@ -215,27 +218,3 @@ class LocalSandbox(PythonExecutor):
         return CodeOutput(
             output=message["value"], logs=str(message["printed"]), is_final_answer=bool(message["final"])
         )
-
-    def _call(self, message: dict[str, Any]) -> dict[str, Any]:
-        name, args, kwargs = str(message["call"]), list(message["args"]), dict(message["kwargs"])
-        tool = self._tools.get(name)
-        inputs = list(getattr(tool, "inputs", {}))
-        arguments = {**dict(zip(inputs, args, strict=False)), **kwargs}
-        began = time.monotonic()
-        try:
-            if tool is None:
-                raise NameError(f"there is no tool {name}")
-            result = plain(tool(*args, **kwargs))
-        except AgentkdError:
-            raise  # the world failed, not the model: the rollout must know
-        except Exception as exc:
-            error = valid_text(f"{type(exc).__name__} in {name}: {exc}")
-            self._uses.append(
-                ToolUse(name=name, arguments=arguments, error=error, seconds=time.monotonic() - began)
-            )
-            return {"error": error}
-        seconds = time.monotonic() - began
-        self._uses.append(
-            ToolUse(name=name, arguments=arguments, result=valid_text(str(result)), seconds=seconds)
-        )
-        return {"result": result}

@@ -1,9 +1,7 @@
-"""The child side of the local sandbox: ``python -m agentkd.sandbox.zygote CONTROL_FD``.
+"""The child side of the local sandbox: ``python -m agentkd.sandbox.local_zygote CONTROL_FD``.
 
 One zygote a host process imports smolagents once and forks a worker for every session, which
 makes a session cost milliseconds. It has no threads, so forking is safe. It ends with its host.
-
-Messages are JSON with a four-byte length before them, never pickle.
 """
 
 from __future__ import annotations
@@ -14,63 +12,12 @@ import json
 import os
 import signal
 import socket
-import struct
 import sys
 from typing import Any
 
-MESSAGE_LIMIT = 16 << 20
+from agentkd.sandbox.inside.wire import MESSAGE_LIMIT, OUTPUT_LIMIT, plain, receive, send
+
 MEMORY_LIMIT = 4 << 30
-OUTPUT_LIMIT = 50_000
-
-
-def send(sock: socket.socket, message: dict[str, Any]) -> None:
-    """Write one message."""
-    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")  # chr(0xD800) has no UTF-8
-    sock.sendall(struct.pack("!I", len(data)) + data)
-
-
-def receive(sock: socket.socket) -> dict[str, Any] | None:
-    """Read one message; None at the end of the stream.
-
-    Raises:
-        ValueError: longer than the limit, or not JSON.
-    """
-    head = _exactly(sock, 4)
-    if head is None:
-        return None
-    (length,) = struct.unpack("!I", head)
-    if length > MESSAGE_LIMIT:
-        raise ValueError(f"message of {length} bytes")
-    data = _exactly(sock, length)
-    if data is None:
-        return None
-    message = json.loads(data)
-    if not isinstance(message, dict):
-        raise ValueError("message is not an object")
-    return message
-
-
-def _exactly(sock: socket.socket, count: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < count:
-        block = sock.recv(min(count - len(data), 1 << 20))
-        if not block:
-            return None
-        data += block
-    return bytes(data)
-
-
-def plain(value: Any) -> Any:
-    """A JSON value for whatever the code made: itself where JSON has it, else its text."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        # Integers of any length are exact in Python's JSON; text is cut so that it fits a message.
-        return value[:OUTPUT_LIMIT] if isinstance(value, str) else value
-    if isinstance(value, (list, tuple, set, frozenset)) and len(value) <= 10_000:
-        items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-        return [plain(item) for item in items]
-    if isinstance(value, dict) and len(value) <= 10_000:
-        return {str(key): plain(item) for key, item in value.items()}
-    return str(value)[:OUTPUT_LIMIT]
 
 
 def ends_in_expression(code: str) -> bool:
