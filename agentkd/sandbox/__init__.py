@@ -109,12 +109,17 @@ class Sandbox(Protocol):
 class ForkingSandbox(Sandbox, Protocol):
     """A session that can try several actions without changing."""
 
-    def try_each(self, codes: Sequence[str], timeout: float | None = None) -> list[Outcome]:
-        """Run each code in a fork of the session's state; one outcome each."""
+    def try_each(
+        self, codes: Sequence[str], timeout: float | None = None, *, more: bool = False
+    ) -> list[Outcome]:
+        """Run each code in a fork of the session's state; one outcome each.
+
+        With ``more``, what was tried since the last commit or discard stays, and more can be.
+        """
         ...
 
     def commit(self, index: int) -> None:
-        """Go on from the state of one of them; it is not run again."""
+        """Go on from the state of one of them, counted from the first; it is not run again."""
         ...
 
     def discard(self) -> None:

@@ -236,6 +236,8 @@ class ForkSandbox(PythonExecutor):
         self._group: ControlGroup | None = None
         self._state: socket.socket | None = None
         self._tried: list[_Candidate] = []
+        self._copies = False  # whether candidates have working directories of their own
+        self._together = Round()
         self._spent = 0.0
         self.user: int | None = None
         """User id of the session's processes, as the host sees it; None before the first action."""
@@ -268,14 +270,18 @@ class ForkSandbox(PythonExecutor):
 
     # Forking.
 
-    def try_each(self, codes: Sequence[str], timeout: float | None = None) -> list[Outcome]:
+    def try_each(
+        self, codes: Sequence[str], timeout: float | None = None, *, more: bool = False
+    ) -> list[Outcome]:
         """Run each code in a fork of the session, side by side. The session itself does not change.
 
-        Call :meth:`commit` or :meth:`discard` next.
+        Call :meth:`commit` or :meth:`discard` next, or this again with ``more``.
 
         Args:
             codes: the actions, at least one.
             timeout: seconds for each, instead of the session's.
+            more: these are tried beside others, earlier or later ones: what was tried with
+                ``more`` since the last commit or discard can still be chosen, and is counted on.
 
         Returns:
             One outcome for each, in the same order.
@@ -287,7 +293,7 @@ class ForkSandbox(PythonExecutor):
         """
         if not codes:
             raise ValueError("no code to try")
-        if self._tried:
+        if self._tried and not (more and self._copies):
             self.discard()
         seconds = (timeout or self.timeout) * max(1.0, len(codes) / (os.cpu_count() or 1))
         if self._spent > self.limits.session_seconds:
@@ -297,22 +303,24 @@ class ForkSandbox(PythonExecutor):
             )
         began = time.monotonic()
         try:
-            self._tried = self._fork(len(codes))
-            together = Round()
+            if not self._tried:
+                self._together, self._copies = Round(), more or len(codes) > 1
+            fresh = self._fork(len(codes))
+            self._tried += fresh
             if len(codes) == 1:
-                self._drive(self._tried[0], codes[0], seconds, together)
+                self._drive(fresh[0], codes[0], seconds, self._together)
             else:
                 with ThreadPoolExecutor(len(codes)) as pool:
                     jobs = [
-                        pool.submit(self._drive, tried, code, seconds, together)
-                        for tried, code in zip(self._tried, codes, strict=True)
+                        pool.submit(self._drive, tried, code, seconds, self._together)
+                        for tried, code in zip(fresh, codes, strict=True)
                     ]
                 for job in jobs:
                     job.result()
         except BaseException:
             self.close()
             raise
-        outcomes = [tried.outcome for tried in self._tried if tried.outcome is not None]
+        outcomes = [tried.outcome for tried in fresh if tried.outcome is not None]
         tools = max(sum(use.seconds for use in outcome.tool_uses) for outcome in outcomes)
         self._spent += max(0.0, time.monotonic() - began - tools)
         return outcomes
@@ -328,8 +336,8 @@ class ForkSandbox(PythonExecutor):
         if chosen is None or chosen.outcome is None or chosen.outcome.ended:
             raise ValueError(f"candidate {index} cannot become the session")
         self._uses += chosen.outcome.tool_uses
-        count, tried, self._tried = len(self._tried), self._tried, []
-        reply = self._ask({"keep": chosen.pid, "directory": index if count > 1 else None})
+        tried, self._tried = self._tried, []
+        reply = self._ask({"keep": chosen.pid, "directory": index if self._copies else None})
         for candidate in tried:
             if candidate is not chosen or not reply["kept"]:
                 candidate.sock.close()
@@ -343,12 +351,12 @@ class ForkSandbox(PythonExecutor):
 
     def discard(self) -> None:
         """Forget the candidates; the session is as it was before them."""
-        count, tried, self._tried = len(self._tried), self._tried, []
+        tried, self._tried = self._tried, []
         if not tried or self._root is None:
             return
         for candidate in tried:
             candidate.sock.close()
-        if self._ask({"keep": None, "directory": 0 if count > 1 else None})["lost"]:
+        if self._ask({"keep": None, "directory": 0 if self._copies else None})["lost"]:
             self.close()
 
     def take_tool_uses(self) -> tuple[ToolUse, ...]:
@@ -455,13 +463,15 @@ class ForkSandbox(PythonExecutor):
 
     def _fork(self, count: int) -> list[_Candidate]:
         root = self._open()
-        if self._state is not None or count > 1:
+        first = len(self._tried)
+        directories = list(range(first, first + count)) if self._copies else []
+        if self._state is not None or directories:
             root.settimeout(ANSWER_SECONDS)
             try:
-                send(root, {"thaw": count})
+                send(root, {"thaw": directories})
             except OSError as exc:
                 raise self._gone(str(exc)) from exc
-            if count > 1:
+            if directories:
                 try:
                     reply = receive(root, time.monotonic() + ANSWER_SECONDS)
                 except (OSError, ValueError) as exc:
@@ -474,8 +484,7 @@ class ForkSandbox(PythonExecutor):
         pairs = [socket.socketpair() for _ in range(count)]
         try:
             state.settimeout(ANSWER_SECONDS)
-            directories = list(range(count)) if count > 1 else None
-            send(state, {"fork": directories}, [theirs.fileno() for _, theirs in pairs])
+            send(state, {"fork": directories or None}, [theirs.fileno() for _, theirs in pairs])
             reply = receive(state, time.monotonic() + ANSWER_SECONDS)
             pids = reply.get("pids") if reply else None
             if not isinstance(pids, list) or len(pids) != count or not all(type(pid) is int for pid in pids):

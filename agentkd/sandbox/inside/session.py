@@ -125,7 +125,7 @@ class Session:
 
     def _command(self, message: dict[str, Any], fds: list[int]) -> None:
         if "thaw" in message:
-            self._prepare(int(message["thaw"]))
+            self._prepare(message["thaw"])
         elif "fork" in message:
             if not self._spawn(fds, message["fork"]):
                 return
@@ -135,20 +135,20 @@ class Session:
         else:
             self._other(message)
 
-    def _prepare(self, count: int) -> None:
-        """Give each of several candidates its copy of the working directory, then let the state go on."""
+    def _prepare(self, directories: list[int]) -> None:
+        """Give candidates their own copies of the working directory, then let the state go on."""
         try:
-            for index in range(count if count > 1 else 0):
+            for index in directories:
                 _copy(self.home, f"{self.home}-{index}")
         except OSError as exc:
-            for index in range(count):
+            for index in directories:
                 shutil.rmtree(f"{self.home}-{index}", ignore_errors=True)
             send(self.sock, {"error": exc.strerror or str(exc)})
             return
         if self.current is not None:
             _signal(self.current, signal.SIGCONT)
-        if count > 1:
-            send(self.sock, {"prepared": count})
+        if directories:
+            send(self.sock, {"prepared": directories})
 
     def _keep(self, pid: int | None, directory: int | None) -> dict[str, Any]:
         """Make one process the session's state and end all others; None keeps the one before."""
