@@ -1,0 +1,241 @@
+"""Self-consistent action sampling: sample several actions, run each in a fork, take the majority's.
+
+Source: "Distilling LLM Agent into Small Models with Retrieval and Code Tools" (arXiv 2505.17612),
+section 4.2, self-consistent action generation. A candidate that does not parse or fails is out; the
+others vote by what they came to (:mod:`agentkd.vote`); the winner's process becomes the session, so
+nothing is run twice. The number of candidates adapts: they are drawn in small batches until the
+vote is settled.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Hashable
+from typing import Literal, NamedTuple, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from agentkd.action import Parsed, parse_action
+from agentkd.sandbox import CodeFailure, ForkingSandbox, Outcome, Sandbox
+from agentkd.trajectory import Candidate, Failure, Usage
+from agentkd.vote import Tally, outcome_text
+
+__all__ = ["Draft", "Draw", "Sampled", "Sampler", "SamplerConfig", "SelfConsistentSampler"]
+
+
+class Draft(NamedTuple):
+    """An action as the model emitted it."""
+
+    raw: str
+    finish_reason: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    """Log-probability (nats) of each token."""
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Mean over its tokens; None where the server does not say."""
+        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
+
+
+class Draw(Protocol):
+    """Asks the model for actions at the present step."""
+
+    def __call__(self, count: int, first: int, config: SamplerConfig) -> tuple[list[Draft], Usage]:
+        """``count`` drafts, the first of which is number ``first`` of the step (from 0), and their cost."""
+        ...
+
+
+class SamplerConfig(BaseModel):
+    """How actions are sampled."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n: int = Field(default=8, ge=1, le=64)
+    """Candidates of a step, at most."""
+    temperature: float = Field(default=0.4, gt=0)
+    top_p: float = Field(default=0.8, gt=0, le=1)
+    first: int = Field(default=2, ge=1)
+    """Candidates of the first batch."""
+    batch: int = Field(default=2, ge=1)
+    """Candidates of each further batch."""
+    confidence: float | None = Field(default=0.85, gt=0.5, lt=1)
+    """Probability that the leading outcome is the likelier one (Beta criterion) at which no more
+    are drawn; 0.85 is met by two that agree. None draws all ``n`` in one request."""
+    token_budget: int | None = Field(default=None, ge=1)
+    """Sampled tokens of a step after which no more are drawn."""
+    if_all_fail: Literal["first", "likeliest"] = "first"
+    """Whose failure the model is shown when every candidate failed: the first one's, as in the
+    paper's code, or that of the highest mean log-probability."""
+    seed: int | None = None
+    """Drafts of a step are drawn from this seed; another one for every step."""
+
+
+class Sampled(NamedTuple):
+    """The action that was taken."""
+
+    draft: Draft
+    parsed: Parsed
+    outcome: Outcome | None
+    """What it did, already in effect in the session; None when it has no code."""
+    candidates: tuple[Candidate, ...]
+    usage: Usage
+
+
+class Sampler(Protocol):
+    """Decides what a step does; used by :class:`agentkd.agent.StepAgent`."""
+
+    def act(self, draw: Draw, sandbox: Sandbox) -> Sampled:
+        """Take one action in the session."""
+        ...
+
+
+class _Candidate:
+    """A draft and what became of it."""
+
+    def __init__(self, draft: Draft) -> None:
+        self.draft = draft
+        self.parsed = parse_action(draft.raw)
+        self.place: int | None = None
+        """Which of the tried codes is its."""
+        self.outcome: Outcome | None = None
+
+
+class SelfConsistentSampler:
+    """See the module.
+
+    Where the sandbox cannot fork, candidates vote by their code instead (equal syntax trees are
+    equal), and only the winner is run: it finds what the model says most often, not what its
+    executions agree on, and a candidate that fails is not out before it has won.
+
+    Args:
+        config: how many, and when that is enough.
+    """
+
+    def __init__(self, config: SamplerConfig | None = None) -> None:
+        self.config = config or SamplerConfig()
+
+    def act(self, draw: Draw, sandbox: Sandbox) -> Sampled:
+        """Sample, try, vote, go on from the winner.
+
+        Raises:
+            ProviderError: the model failed.
+            SandboxError: the sandbox failed.
+        """
+        forks = (
+            sandbox if getattr(sandbox, "can_fork", False) and isinstance(sandbox, ForkingSandbox) else None
+        )
+        seen: list[_Candidate] = []
+        tally, usage, places = Tally(), Usage(), dict[Hashable, int]()
+        outcomes: list[Outcome] = []
+        try:
+            while count := self._wanted(seen, tally, usage):
+                drafts, cost = draw(count, len(seen), self.config)
+                usage = usage + cost
+                fresh = [_Candidate(draft) for draft in drafts]
+                codes = _new_codes(fresh, places)
+                if forks is not None and codes:
+                    outcomes += forks.try_each(codes, more=True)
+                for number, candidate in enumerate(fresh, len(seen)):
+                    _vote(number, candidate, outcomes if forks is not None else None, tally)
+                seen += fresh
+            winner = tally.winner()
+            index = self._fallback(seen) if winner is None else winner
+            chosen = seen[index]
+            outcome = _take(chosen, forks, sandbox)
+        except BaseException:
+            if forks is not None:
+                forks.discard()
+            raise
+        records = tuple(
+            _record(candidate, number == index, tally.size(number)) for number, candidate in enumerate(seen)
+        )
+        return Sampled(chosen.draft, chosen.parsed, outcome, records, usage)
+
+    def _wanted(self, seen: list[_Candidate], tally: Tally, usage: Usage) -> int:
+        """How many more to draw; 0 when the vote is settled."""
+        config = self.config
+        left = config.n - len(seen)
+        if not seen:
+            return config.n if config.confidence is None else min(config.first, config.n)
+        if left <= 0 or config.confidence is None:
+            return 0
+        if config.token_budget is not None and usage.output_tokens >= config.token_budget:
+            return 0
+        return 0 if tally.settled(left, config.confidence) else min(config.batch, left)
+
+    def _fallback(self, seen: list[_Candidate]) -> int:
+        if self.config.if_all_fail == "first":
+            return 0
+        return max(range(len(seen)), key=lambda index: (seen[index].draft.mean_logprob or -1e9, -index))
+
+
+def _key(code: str) -> Hashable:
+    """Equal for code that differs in layout and comments only."""
+    try:
+        return ast.dump(ast.parse(code))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return code
+
+
+def _new_codes(fresh: list[_Candidate], places: dict[Hashable, int]) -> list[str]:
+    """The codes that no earlier candidate had; all candidates are told which is theirs."""
+    codes = []
+    for candidate in fresh:
+        if candidate.parsed.code is None:
+            continue
+        key = _key(candidate.parsed.code)
+        if key not in places:
+            places[key] = len(places)
+            codes.append(candidate.parsed.code)
+        candidate.place = places[key]
+    return codes
+
+
+def _vote(number: int, candidate: _Candidate, outcomes: list[Outcome] | None, tally: Tally) -> None:
+    if candidate.place is None:
+        return
+    if outcomes is None:
+        tally.add(number, candidate.place, candidate.draft.mean_logprob)
+        return
+    candidate.outcome = outcomes[candidate.place]
+    if candidate.outcome.error is None:
+        tally.add(number, candidate.outcome, candidate.draft.mean_logprob)
+
+
+def _take(chosen: _Candidate, forks: ForkingSandbox | None, sandbox: Sandbox) -> Outcome | None:
+    """Bring the chosen action into effect."""
+    if forks is None:
+        return None if chosen.parsed.code is None else _run(sandbox, chosen.parsed.code)
+    if chosen.place is None or chosen.outcome is None or chosen.outcome.ended:
+        forks.discard()
+    else:
+        forks.commit(chosen.place)
+    return chosen.outcome
+
+
+def _run(sandbox: Sandbox, code: str) -> Outcome:
+    try:
+        done = sandbox(code)
+    except CodeFailure as exc:
+        return Outcome(printed=exc.printed, error=exc.message, timed_out=exc.timed_out)
+    return Outcome(printed=done.logs, value=done.output, is_final=done.is_final_answer)
+
+
+def _record(candidate: _Candidate, chosen: bool, votes: int) -> Candidate:
+    outcome, failure = candidate.outcome, None
+    if candidate.parsed.code is None:
+        failure = Failure(kind="parse", message="no code block")
+    elif outcome is not None and outcome.error is not None:
+        failure = Failure(kind="timeout" if outcome.timed_out else "execution", message=outcome.error)
+    return Candidate(
+        raw=candidate.draft.raw,
+        code=candidate.parsed.code,
+        outcome=None if outcome is None or failure is not None else outcome_text(outcome),
+        failure=failure,
+        votes=votes,
+        chosen=chosen,
+        usage=Usage(output_tokens=len(candidate.draft.token_ids or ())),
+        mean_logprob=candidate.draft.mean_logprob,
+        output_token_ids=candidate.draft.token_ids,
+    )

@@ -1,0 +1,257 @@
+"""Self-consistent action sampling: votes, forks, and how many are drawn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from agentkd.action import parse_action
+from agentkd.sampler import Draft, SamplerConfig, SelfConsistentSampler
+from agentkd.sandbox import Outcome, open_sandbox
+from agentkd.sandbox.fork import ForkSandbox
+from agentkd.trajectory import Usage
+from agentkd.vote import Tally, lead_probability, same_outcome
+
+
+def action(code: str) -> str:
+    return f"Thought: go.\n```python\n{code}\n```"
+
+
+class Scripted:
+    """Draws the given texts in order."""
+
+    def __init__(self, texts: Sequence[str], logprobs: Sequence[float] = ()) -> None:
+        self.texts = list(texts)
+        self.logprobs = list(logprobs)
+        self.asked: list[int] = []
+
+    def __call__(self, count: int, first: int, config: SamplerConfig) -> tuple[list[Draft], Usage]:
+        self.asked.append(count)
+        drafts = [
+            Draft(text, token_ids=(1,) * 10, logprobs=(self.logprobs[number],) if self.logprobs else None)
+            for number, text in enumerate(self.texts[first : first + count], first)
+        ]
+        return drafts, Usage(input_tokens=7, output_tokens=10 * count)
+
+
+def fixed(n: int, **options: Any) -> SelfConsistentSampler:
+    return SelfConsistentSampler(SamplerConfig(n=n, confidence=None, **options))
+
+
+@pytest.fixture
+def sandbox() -> Iterator[ForkSandbox]:
+    session = ForkSandbox(imports=["os"], timeout=2.0)
+    yield session
+    session.close()
+
+
+def test_the_same_action_drawn_four_times_is_done_once(sandbox: ForkSandbox) -> None:
+    sandbox("x = 1")
+    done = fixed(4).act(Scripted([action("x = x + 1")] * 4), sandbox)
+    assert done.outcome is not None
+    assert done.outcome.error is None
+    assert sandbox("x").output == 2
+    assert [candidate.votes for candidate in done.candidates] == [4] * 4
+    assert [candidate.chosen for candidate in done.candidates] == [True, False, False, False]
+
+
+def test_one_search_however_many_candidates_ask_it(sandbox: ForkSandbox) -> None:
+    asked = []
+
+    def search(query: str) -> str:
+        asked.append(query)
+        return "found"
+
+    sandbox.send_tools({"search": search, "final_answer": None})
+    codes = [f"note = {n}\nprint(search('Oslo'))" for n in range(4)]  # different code, the same call
+    done = fixed(4).act(Scripted([action(code) for code in codes]), sandbox)
+    assert asked == ["Oslo"]
+    assert done.outcome is not None
+    assert [use.name for use in sandbox.take_tool_uses()] == ["search"]
+
+
+def test_final_answers_vote_by_their_value(sandbox: ForkSandbox) -> None:
+    sandbox.send_tools({"final_answer": None})
+    codes = [f"print('working')\nfinal_answer({letter!r})" for letter in "ABBB"]
+    done = fixed(4).act(Scripted([action(code) for code in codes]), sandbox)
+    assert done.outcome is not None
+    assert (done.outcome.value, done.outcome.is_final) == ("B", True)
+
+
+def test_losers_leave_no_trace(sandbox: ForkSandbox) -> None:
+    sandbox("x = [1]\nopen('f', 'w').write('kept')")
+    losing = "import os\ndel x\nos.remove('f')\n'gone'"
+    texts = [action(losing), action("x.append(2)\nx"), action("x.append(2)\nx[:]")]
+    done = fixed(3).act(Scripted(texts), sandbox)
+    assert done.outcome is not None
+    assert done.outcome.value == [1, 2]
+    assert sandbox("x, open('f').read()").output == [[1, 2], "kept"]
+
+
+def test_what_fails_or_does_not_parse_is_out(sandbox: ForkSandbox) -> None:
+    texts = ["no code", action("1 / 0"), action("1 / 0"), action("while True: pass"), action("6 * 7")]
+    done = fixed(5).act(Scripted(texts), sandbox)
+    assert done.outcome is not None
+    assert done.outcome.value == 42
+    kinds = [None if c.failure is None else c.failure.kind for c in done.candidates]
+    assert kinds == ["parse", "execution", "execution", "timeout", None]
+
+
+@pytest.mark.parametrize(("policy", "value"), [("first", "ZeroDivisionError"), ("likeliest", "NameError")])
+def test_when_all_fail_the_policy_decides_whose_failure_counts(
+    sandbox: ForkSandbox, policy: Any, value: str
+) -> None:
+    sandbox("x = 1")
+    draw = Scripted([action("x = 2\n1 / 0"), action("x = 3\nundefined")], [-1.0, -0.1])
+    done = fixed(2, if_all_fail=policy).act(draw, sandbox)
+    assert done.outcome is not None
+    assert value in str(done.outcome.error)
+    assert sandbox("x").output == (2 if policy == "first" else 3)  # what it did before it failed holds
+
+
+def test_a_step_without_any_code_leaves_the_session_alone(sandbox: ForkSandbox) -> None:
+    sandbox("x = 1")
+    done = fixed(2).act(Scripted(["nothing", "here"]), sandbox)
+    assert done.outcome is None
+    assert done.parsed.code is None
+    assert sandbox("x").output == 1
+
+
+def test_ties_go_to_the_higher_log_probability(sandbox: ForkSandbox) -> None:
+    draw = Scripted([action("1"), action("2")], [-0.9, -0.2])
+    done = fixed(2).act(draw, sandbox)
+    assert done.outcome is not None
+    assert done.outcome.value == 2
+
+
+def test_two_that_agree_settle_it_and_more_are_drawn_when_they_differ(sandbox: ForkSandbox) -> None:
+    draw = Scripted([action("5"), action("2 + 3"), action("9")])
+    done = SelfConsistentSampler().act(draw, sandbox)
+    assert (draw.asked, len(done.candidates)) == ([2], 2)
+    draw = Scripted([action(str(n)) for n in (1, 2, 2, 2, 7, 7, 7, 7)])
+    done = SelfConsistentSampler().act(draw, sandbox)
+    assert draw.asked == [2, 2, 2, 2]  # 3 to 1 after four is not sure enough: 0.81
+    assert done.outcome is not None
+    assert done.outcome.value == 7
+    assert done.usage == Usage(input_tokens=28, output_tokens=80)
+
+
+def test_it_stops_when_the_lead_cannot_be_overtaken(sandbox: ForkSandbox) -> None:
+    config = SamplerConfig(n=6, confidence=0.999)
+    draw = Scripted([action("1")] * 6)
+    SelfConsistentSampler(config).act(draw, sandbox)
+    assert draw.asked == [2, 2]  # four of six
+
+
+def test_a_token_budget_ends_the_drawing(sandbox: ForkSandbox) -> None:
+    draw = Scripted([action(str(n)) for n in range(8)])
+    SelfConsistentSampler(SamplerConfig(token_budget=35)).act(draw, sandbox)
+    assert draw.asked == [2, 2]
+
+
+def test_without_forks_the_code_votes_and_only_the_winner_runs() -> None:
+    session = open_sandbox("local")
+    ran = []
+    session.send_tools({"look": lambda text: ran.append(text) or "seen", "final_answer": None})
+    texts = [action("look('a')"), action("look( 'b' )  # layout"), action("look('b')")]
+    done = fixed(3).act(Scripted(texts), session)
+    session.cleanup()
+    assert ran == ["b"]
+    assert done.outcome is not None
+    assert done.outcome.value == "seen"
+    assert [candidate.votes for candidate in done.candidates] == [1, 2, 2]
+
+
+def test_an_error_of_the_model_leaves_the_session_as_it_was(sandbox: ForkSandbox) -> None:
+    sandbox("x = 1")
+    calls = []
+
+    def draw(count: int, first: int, config: SamplerConfig) -> tuple[list[Draft], Usage]:
+        calls.append(count)
+        if len(calls) > 1:
+            raise ConnectionError
+        return [Draft(action("x = 2\nx")), Draft(action("x = 3\nx"))], Usage()
+
+    with pytest.raises(ConnectionError):
+        SelfConsistentSampler().act(draw, sandbox)
+    assert sandbox("x").output == 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_candidates_elect_a_largest_group_and_count_every_vote(
+    sandbox: ForkSandbox, seed: int
+) -> None:
+    dice = random.Random(seed)
+    sandbox("x = 0")
+    values = [dice.choice([1, 2, 3, None]) for _ in range(dice.randint(1, 8))]
+    texts = ["no code" if value is None else action(f"x += {value}\nx") for value in values]
+    done = fixed(len(values)).act(Scripted(texts), sandbox)
+    counts = {value: values.count(value) for value in values if value is not None}
+    if counts:
+        chosen = sandbox("x").output
+        assert counts[chosen] == max(counts.values())
+        assert sum(c.chosen for c in done.candidates) == 1
+    else:
+        assert sandbox("x").output == 0
+    assert [c.votes for c in done.candidates] == [counts.get(value, 0) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (Outcome(value=1), Outcome(value=1.0000000001), True),
+        (Outcome(value=1), Outcome(value=1.01), False),
+        (Outcome(value=10**40), Outcome(value=10**40 + 1), False),
+        (Outcome(printed="{1, 2}\n"), Outcome(printed="{2, 1}"), True),
+        (Outcome(printed="x is 0.30000000000000004"), Outcome(printed="x is  0.3"), True),
+        (Outcome(printed="x is 0.3"), Outcome(printed="y is 0.3"), False),
+        (Outcome(value="3"), Outcome(value=3), True),
+        (Outcome(value=True), Outcome(value=1), False),
+        (Outcome(value="a  b "), Outcome(value="a b"), True),
+        (Outcome(value=float("nan")), Outcome(value=float("nan")), True),
+        (Outcome(value=[1, [2, "a"]]), Outcome(value=[1, [2.0, "a"]]), True),
+        (Outcome(value="B", is_final=True), Outcome(value="B", is_final=True, printed="noise"), True),
+        (Outcome(value="B", is_final=True), Outcome(value="B"), False),
+    ],
+)
+def test_outcomes_that_are_one(one: Outcome, other: Outcome, same: bool) -> None:
+    assert same_outcome(one, other) is same
+    assert same_outcome(other, one) is same
+
+
+def test_the_beta_criterion() -> None:
+    assert lead_probability(2, 0) == 0.875
+    assert lead_probability(1, 1) == 0.5
+    assert lead_probability(3, 1) == pytest.approx(0.8125)
+    tally = Tally()
+    for candidate in range(3):
+        tally.add(candidate, Outcome(value=1), None)
+    assert tally.settled(2, None)
+    assert not tally.settled(3, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "repairs"),
+    [
+        ("Thought: a\n```python\nx\n```", "x", ()),
+        ("Thought: a\n```python\nx", "x", ("closed_fence",)),
+        ("a\n```py\nx\n```\nand then\n```python\ny\n```", "x", ("dropped_tail",)),
+        ("a\n<code>\nprint(1)\n</code>", "print(1)", ("code_tag",)),
+        ("a\n<code>print(1)", "print(1)", ("code_tag",)),
+        ("a\n~~~python\nprint(1)\n~~~\nbye", "print(1)", ("other_fence", "dropped_tail")),
+        ("a\n```tool_code\nprint(1)\n```", "print(1)", ("other_fence",)),
+        ("Thought: I add.\nCode:\nx = 1\nprint(x)", "x = 1\nprint(x)", ("bare_code",)),
+        ("Thought: 42", None, ()),
+        ("The answer is simple", None, ()),
+        ("```json\n{not python\n```", None, ()),
+    ],
+)
+def test_the_repair_ladder(text: str, code: str | None, repairs: tuple[str, ...]) -> None:
+    parsed = parse_action(text)
+    assert (parsed.code, parsed.repairs) == (code, repairs)
+    if code is not None:
+        again = parse_action(parsed.output)
+        assert (again.code, again.repairs) == (code, ())  # what the model sees later needs no repair
