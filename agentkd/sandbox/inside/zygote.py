@@ -49,6 +49,9 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     kernel.collapse()
+    with open(os.devnull, "r+b", buffering=0) as null:
+        # The log of the start is a file of the host's, and all sessions would share it.
+        os.dup2(null.fileno(), 2)
     send(control, {"ready": True, "library": os.path.dirname(os.__file__)})
     poll = select.poll()
     poll.register(control, select.POLLIN)
