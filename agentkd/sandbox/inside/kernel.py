@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import signal
+import struct
 
 __all__ = [
     "MS_BIND",
@@ -26,6 +27,7 @@ __all__ = [
     "drop_capabilities",
     "mount",
     "no_new_privileges",
+    "read_only",
     "syscall",
     "unshare",
 ]
@@ -113,6 +115,12 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str =
         options.encode() or None,
     )
     _checked(result, f"mount on {target}")
+
+
+def read_only(path: str) -> None:
+    """Make a mount and all beneath it read-only in this namespace: ``mount_setattr(2)``, Linux 5.12."""
+    attributes = ctypes.create_string_buffer(struct.pack("=QQQQ", 0x1 | 0x2, 0, 0, 0), 32)  # RDONLY, NOSUID
+    syscall(442, -100, path.encode() + b"\0", 0x8000, attributes, 32)  # AT_FDCWD, AT_RECURSIVE
 
 
 def _prctl(option: int, value: int) -> None:

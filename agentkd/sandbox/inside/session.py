@@ -4,12 +4,16 @@ The root is process 1 of the session's own pid namespace. It never runs the mode
 holds the pristine state, forks the first candidates from it, stops and continues the process
 that holds the session's state, and kills everything else after every action. When it ends, the
 kernel kills what is left. All others have given up every right before their first line of code.
+
+The root copies and removes what the code has left in the working directory, links that lead
+elsewhere included. It is therefore confined to the same files as the code.
 """
 
 from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import fcntl
 import gc
 import os
@@ -23,6 +27,7 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 from typing import Any, NoReturn
 
 from . import landlock, seccomp
@@ -37,6 +42,7 @@ from .kernel import (
     drop_capabilities,
     mount,
     no_new_privileges,
+    read_only,
 )
 from .language import Runner
 from .wire import receive, receive_fds, send
@@ -45,7 +51,11 @@ __all__ = ["Session"]
 
 PROCESS_CHURN = 30_000
 """Processes and threads of one action beyond which the session is ended."""
-SWEEPS = 100
+WATCH_MILLISECONDS = 100
+"""How often they are counted while an action runs: process numbers start again at the kernel's
+limit, 32768 on small machines, and none may get there unseen."""
+STOP_SECONDS = 5.0
+"""For a stopped process to stop and all others to end."""
 MOST_CANDIDATES = 64
 
 _getstate, _setstate = random.getstate, random.setstate
@@ -65,6 +75,8 @@ class Session:
         self.order = order
         self.home = os.path.join(order["scratch"], "home")
         self.swept = 1  # pids up to here are dead, but for the current one
+        self.newest = 1
+        self.running = False
         self.current: int | None = None
 
     # The root.
@@ -82,6 +94,7 @@ class Session:
             gc.freeze()
             send(self.sock, {"ready": True, "uid": os.getuid()})
             while True:
+                self._watch()
                 message, fds = receive_fds(self.sock, MOST_CANDIDATES)
                 if message is None:
                     break
@@ -106,6 +119,12 @@ class Session:
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # when memory runs out, the sandbox goes first
         mount("none", "/", None, MS_REC | MS_PRIVATE)
+        # Landlock stops neither chmod nor utime, and the user of a session may own files out there.
+        try:
+            read_only("/")
+        except OSError as exc:
+            if order["landlock"] or exc.errno != errno.ENOSYS:
+                raise
         safe = MS_NOSUID | MS_NODEV | MS_NOEXEC
         owner = "" if uid is None else f",uid={uid},gid={uid}"
         size = f"mode=0700,size={order['scratch_mb']}m,nr_inodes=16384{owner}"
@@ -120,10 +139,29 @@ class Session:
         os.mkdir(self.home, 0o700)
         os.chdir(self.home)
         os.environ.update(HOME=self.home, TMPDIR=self.home)
+        used = landlock.restrict(order["readable"], [order["scratch"]], order["devices"])
+        if order["landlock"] and not used:
+            raise OSError("Landlock is needed here and the kernel has none")
         with open(os.__file__, "rb"):
             pass  # the interpreter's own library, or PermissionError: better here than in an import
 
+    def _watch(self) -> None:
+        """Wait for a message; while an action runs, count its processes."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        while self.running and not poll.poll(WATCH_MILLISECONDS):
+            self._count()
+
+    def _count(self) -> int:
+        """The newest process number. Ends the session when there were too many to be sure of them."""
+        newest = _newest_pid()
+        if not self.newest < newest <= self.swept + PROCESS_CHURN:
+            _exit(1)  # the kernel ends them with this one
+        self.newest = newest
+        return newest
+
     def _command(self, message: dict[str, Any], fds: list[int]) -> None:
+        self.running = "thaw" in message or "fork" in message or (self.running and "keep" not in message)
         if "thaw" in message:
             self._prepare(message["thaw"])
         elif "fork" in message:
@@ -139,11 +177,12 @@ class Session:
         """Give candidates their own copies of the working directory, then let the state go on."""
         try:
             for index in directories:
+                self._remove(index)  # the code may have taken the name
                 _copy(self.home, f"{self.home}-{index}")
-        except OSError as exc:
+        except (OSError, RecursionError) as exc:
             for index in directories:
-                shutil.rmtree(f"{self.home}-{index}", ignore_errors=True)
-            send(self.sock, {"error": exc.strerror or str(exc)})
+                self._remove(index)
+            send(self.sock, {"error": getattr(exc, "strerror", None) or str(exc)})
             return
         if self.current is not None:
             _signal(self.current, signal.SIGCONT)
@@ -160,30 +199,42 @@ class Session:
             if kept and alive:
                 os.rename(self.home, f"{self.home}-old")
                 os.rename(f"{self.home}-{directory}", self.home)
-            for name in os.listdir(self.order["scratch"]):
-                if name != "home":
-                    shutil.rmtree(os.path.join(self.order["scratch"], name), ignore_errors=True)
+            self._clear()
         return {"kept": kept and alive, "lost": chosen is not None and not alive}
+
+    def _remove(self, index: int) -> None:
+        """Remove a candidate's directory."""
+        _remove(self.order["scratch"], f"home-{index}")
+
+    def _clear(self) -> None:
+        """Remove everything but the working directory itself."""
+        for name in os.listdir(self.order["scratch"]):
+            if name != "home":
+                _remove(self.order["scratch"], name)
 
     def _sweep(self, keep: int | None) -> bool:
         """Stop ``keep``, kill all other processes of the session. Whether ``keep`` lives.
 
-        When there are more than can be counted the session ends here, and the kernel ends them.
+        A fork that is under way when the stop comes still makes a process. So nothing is over
+        before ``keep`` has stopped and a look around after that has found nobody. When there are
+        more than can be counted the session ends here, and the kernel ends them.
         """
         if keep is not None:
             _signal(keep, signal.SIGSTOP)
         before = self.current
-        for _ in range(SWEEPS):
-            last = _newest_pid()
-            if not self.swept < last <= self.swept + PROCESS_CHURN:
-                break
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline:
+            still = keep is None or _stopped(keep)
+            last = self._count()
             killed = [fd for pid in range(self.swept + 1, last) if pid != keep and (fd := _kill(pid))]
             if before is not None and before != keep and (fd := _kill(before)):
                 killed.append(fd)
             _await(killed)
-            if not killed:
+            if not killed and still:
                 self.swept = last
                 return keep is not None and _lives(keep)
+            if not killed:
+                time.sleep(0.0002)
         return bool(_exit(1))
 
     # The processes that run the code.
@@ -219,10 +270,6 @@ class Session:
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(number, (value, value))
         drop_capabilities()
-        no_new_privileges()
-        used = landlock.restrict(self.order["readable"], [self.order["scratch"]], self.order["devices"])
-        if self.order["landlock"] and not used:
-            raise OSError("Landlock is needed here and the kernel has none")
         seccomp.install()
 
     def _settle(self, directory: int | None) -> None:
@@ -338,6 +385,40 @@ def _lives(pid: int) -> bool:
     if fd is not None:
         _close(fd)
     return fd is not None
+
+
+def _stopped(pid: int) -> bool:
+    """Whether a process has stopped wholly, all its threads out of the kernel, or has ended."""
+    try:
+        seen = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return not _lives(pid)  # its parent is another one, which is killed first
+    return seen is not None
+
+
+def _remove(folder: str, name: str) -> None:
+    """Remove a file or a tree, however deep and whatever its modes; what cannot be removed stays."""
+    todo = [os.path.join(folder, name)]
+    moved = 0
+    while todo:
+        path = todo.pop()
+        with contextlib.suppress(OSError):
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                os.unlink(path)
+                continue
+            os.chmod(path, 0o700)
+            inner = os.listdir(path)
+            for entry in inner:
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(path, entry))
+                    continue
+                moved += 1
+                to = os.path.join(folder, f"home-removed-{moved}")  # side by side: no path grows too long
+                with contextlib.suppress(OSError):
+                    os.chmod(os.path.join(path, entry), 0o700)
+                    os.rename(os.path.join(path, entry), to)
+                    todo.append(to)
+            os.rmdir(path)
 
 
 def _copy(source: str, target: str) -> None:
