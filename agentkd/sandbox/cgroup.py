@@ -55,7 +55,7 @@ class ControlGroup:
         limits = {
             "memory.max": memory,
             "memory.swap.max": 0,
-            "pids.max": processes,
+            "pids.max": processes + 8,  # the trusted one must not be the one that is refused
             "memory.limit_in_bytes": memory,
             "memory.memsw.limit_in_bytes": memory,
         }

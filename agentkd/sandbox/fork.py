@@ -33,8 +33,8 @@ from agentkd.sandbox import CodeFailure, Outcome
 from agentkd.sandbox import isolation as isolations
 from agentkd.sandbox.cgroup import ControlGroup
 from agentkd.sandbox.cgroup import sweep as sweep_groups
-from agentkd.sandbox.inside.wire import plain, receive, send
-from agentkd.sandbox.toolhost import Caller, Round, ToolHost
+from agentkd.sandbox.inside.wire import OUTPUT_LIMIT, plain, receive, send
+from agentkd.sandbox.toolhost import Caller, Round, ToolHost, valid_value
 from agentkd.trajectory import ToolUse, valid_text
 
 __all__ = ["ForkSandbox", "Limits"]
@@ -42,6 +42,10 @@ __all__ = ["ForkSandbox", "Limits"]
 START_SECONDS = 60.0
 ANSWER_SECONDS = 30.0
 """For the trusted processes to answer."""
+STATE_SECONDS = 10.0
+"""For the process that holds a session's state to fork; it has run the model's code."""
+MARK = 1000
+"""Characters beyond the limit of outputs, for the mark that says so."""
 DOCTOR = "Run `agentkd doctor`: it says what is missing and how to mend it."
 LOST = "All variables are lost."
 KEPT = "Variables are as they were before it."
@@ -235,6 +239,7 @@ class ForkSandbox(PythonExecutor):
         self._pidfd: int | None = None
         self._group: ControlGroup | None = None
         self._state: socket.socket | None = None
+        self._waiting: list[dict[str, Any]] = []
         self._tried: list[_Candidate] = []
         self._copies = False  # whether candidates have working directories of their own
         self._together = Round()
@@ -354,6 +359,8 @@ class ForkSandbox(PythonExecutor):
         tried, self._tried = self._tried, []
         if not tried or self._root is None:
             return
+        if self._state is None:
+            self._waiting = []  # the root has been told
         for candidate in tried:
             candidate.sock.close()
         if self._ask({"keep": None, "directory": 0 if self._copies else None})["lost"]:
@@ -372,6 +379,7 @@ class ForkSandbox(PythonExecutor):
             if sock is not None:
                 sock.close()
         self._state = self._root = None
+        self._waiting = []
         if self._pidfd is not None:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -430,10 +438,12 @@ class ForkSandbox(PythonExecutor):
         return self._root
 
     def _set(self, tools: list[str], variables: dict[str, Any]) -> None:
-        for sock in (self._root, self._state):
-            if sock is not None:
-                with contextlib.suppress(OSError):  # found out by the next action
-                    send(sock, {"tools": tools, "variables": variables})
+        message = {"tools": tools, "variables": variables}
+        if self._root is not None:
+            with contextlib.suppress(OSError):  # found out by the next action
+                send(self._root, message)
+        if self._state is not None or self._tried:  # it is stopped and does not read
+            self._waiting.append(message)
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """Ask the root process.
@@ -483,9 +493,14 @@ class ForkSandbox(PythonExecutor):
         state = self._state or root
         pairs = [socket.socketpair() for _ in range(count)]
         try:
-            state.settimeout(ANSWER_SECONDS)
+            # A state that has run no code is trusted, and may have to wait for its turn on a busy machine.
+            seconds = ANSWER_SECONDS if state is root else STATE_SECONDS
+            state.settimeout(seconds)
+            if state is not root:
+                while self._waiting:
+                    send(state, self._waiting.pop(0))
             send(state, {"fork": directories or None}, [theirs.fileno() for _, theirs in pairs])
-            reply = receive(state, time.monotonic() + ANSWER_SECONDS)
+            reply = receive(state, time.monotonic() + seconds)
             pids = reply.get("pids") if reply else None
             if not isinstance(pids, list) or len(pids) != count or not all(type(pid) is int for pid in pids):
                 raise self._gone(str((reply or {}).get("broken", "it cannot fork"))[:200])
@@ -549,11 +564,12 @@ class ForkSandbox(PythonExecutor):
         """Why a candidate's process ended, as its parent knows."""
         state = self._state or self._root
         status: Any = None
+        deadline = time.monotonic() + 2
         if state is not None and len(self._tried) == 1:
             with contextlib.suppress(OSError, ValueError, RecursionError):
                 for _ in range(20):
                     send(state, {"ended": pid})
-                    status = (receive(state, time.monotonic() + 5) or {}).get("status")
+                    status = (receive(state, deadline) or {}).get("status")
                     if status is not None:
                         break
                     time.sleep(0.005)  # its socket closes a moment before it is gone
@@ -577,23 +593,13 @@ def _checked(message: dict[str, Any], caller: Caller, seconds: float) -> Outcome
     if not well or "broken" in message:
         raise ValueError(str(message.get("broken", "malformed outcome"))[:300])
     return Outcome(
-        printed=valid_text(printed),
-        value=_valid(message.get("value")),
+        printed=valid_text(printed[: OUTPUT_LIMIT + MARK]),
+        value=valid_value(message.get("value")),
         is_final=final,
-        error=None if error is None else valid_text(error),
+        error=None if error is None else valid_text(error[: OUTPUT_LIMIT + MARK]),
         tool_uses=tuple(caller.uses),
         seconds=seconds,
     )
-
-
-def _valid(value: Any) -> Any:
-    if isinstance(value, str):
-        return valid_text(value)
-    if isinstance(value, list):
-        return [_valid(item) for item in value]
-    if isinstance(value, dict):
-        return {valid_text(key): _valid(item) for key, item in value.items()}
-    return value
 
 
 def _first_message(sock: socket.socket) -> tuple[dict[str, Any], int, int]:

@@ -14,10 +14,16 @@ from agentkd.errors import AgentkdError
 from agentkd.sandbox.inside.wire import plain
 from agentkd.trajectory import ToolUse, valid_text
 
-__all__ = ["Round", "ToolHost"]
+__all__ = ["Round", "ToolHost", "valid_value"]
 
 ARGUMENT_LIMIT = 1 << 20
 """Characters of the arguments of one call, as JSON."""
+CALLS_LIMIT = 1000
+"""Calls of one action."""
+VOLUME_LIMIT = 8 << 20
+"""Characters of the arguments of all calls of one action."""
+DEPTH_LIMIT = 100
+"""Lists and dicts within each other: what writes records down goes no deeper than 250."""
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -28,6 +34,23 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "null": (type(None),),
 }
+
+
+def valid_value(value: Any, depth: int = DEPTH_LIMIT) -> Any:
+    """A JSON value that can be written down: all text valid, and not too deep.
+
+    Raises:
+        ValueError: too deep.
+    """
+    if depth < 0:
+        raise ValueError("lists or dicts too deep within each other")
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, list):
+        return [valid_value(item, depth - 1) for item in value]
+    if isinstance(value, dict):
+        return {valid_text(key): valid_value(item, depth - 1) for key, item in value.items()}
+    return value
 
 
 class Round:
@@ -110,6 +133,7 @@ class Caller:
         self._host = host
         self._together = together
         self._seen: Counter[str] = Counter()
+        self._volume = 0
         self.uses: list[ToolUse] = []
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -122,9 +146,16 @@ class Caller:
         name, args, kwargs = message.get("call"), message.get("args"), message.get("kwargs")
         if not (isinstance(name, str) and isinstance(args, list) and isinstance(kwargs, dict)):
             raise ValueError("malformed call")
+        try:
+            name, args, kwargs = valid_text(name), valid_value(args), valid_value(kwargs)
+        except ValueError as exc:
+            return {"error": f"ValueError in {name[:80]}: {exc}"}
         key = json.dumps([name, args, kwargs], sort_keys=True)
+        self._volume += len(key)
         if len(key) > ARGUMENT_LIMIT:
             return {"error": f"ValueError in {name[:80]}: arguments of more than {ARGUMENT_LIMIT} characters"}
+        if len(self.uses) >= CALLS_LIMIT or self._volume > VOLUME_LIMIT:
+            return {"error": f"RuntimeError in {name[:80]}: too many calls in one action"}
         self._seen[key] += 1
         reply, use = self._together.once((key, self._seen[key]), lambda: self._host.call(name, args, kwargs))
         self.uses.append(use)

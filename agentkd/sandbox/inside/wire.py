@@ -17,6 +17,8 @@ OUTPUT_LIMIT = 50_000
 """Characters of printed text or of one string value."""
 ITEM_LIMIT = 10_000
 """Items of one list or dict."""
+PARTS_LIMIT = 500_000
+"""Values in one message: a byte of JSON can cost the reader thirty of memory."""
 
 # Bound now: model-written code may replace what these modules hold.
 _dumps = json.JSONEncoder(ensure_ascii=True).encode
@@ -81,6 +83,8 @@ def _body(sock: socket.socket, head: bytes, deadline: float | None) -> dict[str,
     data = _exactly(sock, length, deadline)
     if data is None:
         return None
+    if len(data) > PARTS_LIMIT and sum(map(data.count, (b",", b"[", b"{"))) > PARTS_LIMIT:
+        raise ValueError("message of too many parts")
     message = _loads(data.decode("utf-8"))
     if not isinstance(message, dict):
         raise ValueError("message is not an object")
