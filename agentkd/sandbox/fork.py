@@ -489,7 +489,7 @@ class ForkSandbox(PythonExecutor):
                 if reply is None:
                     raise self._gone("it ended")
                 if "error" in reply:
-                    raise CodeFailure(f"The working directory is too full to be copied ({reply['error']}).")
+                    raise CodeFailure(f"The working directory cannot be copied ({reply['error']}).")
         state = self._state or root
         pairs = [socket.socketpair() for _ in range(count)]
         try:

@@ -53,8 +53,8 @@ for path in glob.glob("/proc/[0-9]*/environ"):
             found += file.read()
     except OSError:
         pass
-i = found.find(b"AGENTKD_ATTACK")
-str(found[max(0, i):i + 200])
+import re
+str(re.findall(rb"AGENTKD_ATTACK_SECRET=([^\\0]*)", found))
 """,
         "reads the environment of every process of the user",
         "secret",
@@ -169,9 +169,7 @@ importlib.machinery.SourceFileLoader("canary_module", T["module"]).load_module()
     ),
     Attack(
         "sympify",
-        "import sympy\nfound = []\n"
-        "str(sympy.sympify(f'open({T[\"file\"]!r}).read()', locals={'open': lambda p: open(str(p)).read}))"
-        " if False else sympy.parsing.sympy_parser.eval_expr(f'open({T[\"file\"]!r}).read()', {}, {'open': open})",
+        "import sympy\nsympy.sympify(f'open({T[\"file\"]!r}).read()')",
         "runs Python inside an expression that only looks like algebra",
         "secret",
         seconds=6,

@@ -166,7 +166,7 @@ for name in ("len", "isinstance", "str", "repr", "open", "print", "type", "sorte
 builtins.len is lie
 """,
         "replaces what the runner calls",
-        "own",
+        "ends",
     ),
     Attack(
         "patched modules",

@@ -143,6 +143,7 @@ done >= 40_000
 """,
         "goes once around all process numbers, so that its supervisor loses count",
         seconds=6,
+        shared=True,
     ),
     Attack(
         "zombies",
@@ -164,7 +165,7 @@ done >= 40_000
     ),
     Attack(
         "inodes",
-        "for number in range(20_000):\n    open(f'f{number}', 'w').close()\nTrue",
+        "for number in range(17_000):\n    open(f'f{number}', 'w').close()\nTrue",
         "fills the disk with empty files",
         seconds=6,
         shared=True,
@@ -211,7 +212,7 @@ done >= 40_000
     ),
     Attack(
         "deep recursion in C",
-        "import sys\nsys.setrecursionlimit(10 ** 9)\nx = []\nfor _ in range(10 ** 6):\n    x = [x]\nrepr(x)",
+        "import sys\nsys.setrecursionlimit(10 ** 9)\nx = []\nfor _ in range(3 * 10 ** 5):\n    x = [x]\nrepr(x)",
         "overflows the C stack",
         "ends",
     ),

@@ -175,6 +175,8 @@ time.sleep(0.1)
 import resource
 changed = []
 for pid in {_TARGETS}:
+    if pid == 0:
+        continue  # itself
     try:
         was = resource.prlimit(pid, resource.RLIMIT_CORE)
         resource.prlimit(pid, resource.RLIMIT_CORE, was)

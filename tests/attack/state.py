@@ -83,7 +83,8 @@ True
         before=(
             "import os\nhere = os.getcwd()\nos.rename(here, here + 'x')\nos.symlink(T['folder'], here)",
         ),
-        control="import os, shutil\nos.symlink(T['folder'], 'home')\nshutil.copytree('home', 'copy')\n"
+        control="import os, shutil\nos.symlink(T['folder'], 'home')\n"
+        "shutil.copytree('home', 'copy', ignore=shutil.ignore_patterns('socket'))\n"
         "open('copy/canary').read()",
     ),
     Attack(
@@ -120,7 +121,8 @@ if os.fork() == 0:
     swap()
 """,
         ),
-        control="import os, shutil\nos.symlink(T['folder'], 'd')\nshutil.copytree('d', 'copy')\nopen('copy/canary').read()",
+        control="import os, shutil\nos.symlink(T['folder'], 'd')\n"
+        "shutil.copytree('d', 'copy', ignore=shutil.ignore_patterns('socket'))\nopen('copy/canary').read()",
     ),
     Attack(
         "FIFO in scratch",
@@ -128,6 +130,7 @@ if os.fork() == 0:
         "blocks whoever copies the directory",
         "ends",
         control="import os\nos.mkfifo('fifo')\nopen('fifo').read()",
+        seconds=1,
     ),
     Attack(
         "deep folders",

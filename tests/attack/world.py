@@ -156,7 +156,7 @@ def unbounded(codes: list[str], world: World, seconds: float) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)  # its own session, and all that it has left
         process.wait()
         ours.close()
-        shutil.rmtree(place, ignore_errors=True)
+        subprocess.run(["rm", "-rf", place], check=False)  # shutil.rmtree is recursive
     return answer if answer is not None else {"ended": f"exit status {process.returncode}"}
 
 

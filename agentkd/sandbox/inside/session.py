@@ -191,14 +191,18 @@ class Session:
 
     def _keep(self, pid: int | None, directory: int | None) -> dict[str, Any]:
         """Make one process the session's state and end all others; None keeps the one before."""
-        kept = pid is not None and _lives(pid)
+        kept = pid is not None and pid != os.getpid() and _lives(pid)
         chosen = pid if kept else self.current
         alive = self._sweep(chosen)
         self.current = chosen if alive else None
         if directory is not None:
             if kept and alive:
-                os.rename(self.home, f"{self.home}-old")
-                os.rename(f"{self.home}-{directory}", self.home)
+                with contextlib.suppress(FileNotFoundError):  # the code may have removed either
+                    os.rename(self.home, f"{self.home}-old")
+                try:
+                    os.rename(f"{self.home}-{directory}", self.home)
+                except FileNotFoundError:
+                    os.mkdir(self.home, 0o700)
             self._clear()
         return {"kept": kept and alive, "lost": chosen is not None and not alive}
 
@@ -242,6 +246,7 @@ class Session:
     def _spawn(self, fds: list[int], directories: list[int] | None) -> bool:
         """Fork a candidate for every socket. True in a candidate."""
         state, pids, from_root = _getstate(), [], os.getpid() == 1
+        _reap()  # candidates that were not kept count against the limit until then
         for index, fd in enumerate(fds):
             pid = _fork()
             if pid == 0:
@@ -361,6 +366,10 @@ def _await(fds: list[int]) -> None:
         poll.poll(5000)
         poll.unregister(fd)
         _close(fd)
+    _reap()
+
+
+def _reap() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

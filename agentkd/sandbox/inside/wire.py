@@ -85,7 +85,10 @@ def _body(sock: socket.socket, head: bytes, deadline: float | None) -> dict[str,
         return None
     if len(data) > PARTS_LIMIT and sum(map(data.count, (b",", b"[", b"{"))) > PARTS_LIMIT:
         raise ValueError("message of too many parts")
-    message = _loads(data.decode("utf-8"))
+    try:
+        message = _loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("message too deep") from None
     if not isinstance(message, dict):
         raise ValueError("message is not an object")
     return message
