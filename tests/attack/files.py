@@ -204,7 +204,9 @@ found
         control="open_file = open(T['file'])\n[open_file.fileno()]",
     ),
     Attack("write outside scratch", "open(T['folder'] + '/new', 'w').write('x')", "writes anywhere", "world"),
-    Attack("change a host file", "open(T['module'], 'a').write('x = 1')", "plants code in the project", "world"),
+    Attack(
+        "change a host file", "open(T['module'], 'a').write('x = 1')", "plants code in the project", "world"
+    ),
     Attack(
         "plant code in the library",
         "import os\nfor path in T.get('library', [T['module']]):\n    open(path, 'r+b').close()\n"

@@ -28,8 +28,7 @@ def write(data):
 MESSAGES = (
     Attack(
         "forged outcome",
-        _SOCKETS
-        + "write(frame({'value': 'forged', 'printed': '', 'final': True, 'size': 0,"
+        _SOCKETS + "write(frame({'value': 'forged', 'printed': '', 'final': True, 'size': 0,"
         " 'tool_uses': [{'name': 'search', 'arguments': {}, 'result': 'x'}], 'tries': 3}))\ntime.sleep(0.2)",
         "says what it likes in the runner's name; only its own outcome can be forged",
         "own",
@@ -80,7 +79,8 @@ True
     ),
     Attack(
         "rather deep value",
-        _SOCKETS + "write(frame(b'{\"value\": ' + b'[' * 300 + b'1' + b']' * 300 + b'}'))\ntime.sleep(0.1)\nTrue",
+        _SOCKETS
+        + "write(frame(b'{\"value\": ' + b'[' * 300 + b'1' + b']' * 300 + b'}'))\ntime.sleep(0.1)\nTrue",
         "passes the parser and breaks what writes records down",
         "own",
     ),
@@ -92,15 +92,15 @@ True
     ),
     Attack(
         "odd JSON",
-        _SOCKETS
-        + "write(frame(b'{\"value\": {\"a\": NaN, \"b\": Infinity, \"\\\\ud800\": \"\\\\udfff\\\\u2028\"},"
-        " \"printed\": \"\\\\ud800\"}'))\ntime.sleep(0.1)",
+        _SOCKETS + 'write(frame(b\'{"value": {"a": NaN, "b": Infinity, "\\\\ud800": "\\\\udfff\\\\u2028"},'
+        ' "printed": "\\\\ud800"}\'))\ntime.sleep(0.1)',
         "breaks what writes records down with values that are no valid text",
         "own",
     ),
     Attack(
         "wrong types",
-        _SOCKETS + "write(frame({'value': 1, 'printed': ['x'], 'error': {}, 'final': 'yes'}))\ntime.sleep(0.1)\nTrue",
+        _SOCKETS
+        + "write(frame({'value': 1, 'printed': ['x'], 'error': {}, 'final': 'yes'}))\ntime.sleep(0.1)\nTrue",
         "crashes the host on a missing check",
         "own",
     ),

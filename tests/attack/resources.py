@@ -194,7 +194,12 @@ done >= 40_000
         "starves other processes",
         rights=True,
     ),
-    Attack("huge output", "for _ in range(400):\n    print('x' * 100_000)", "fills the host's memory and log", "big"),
+    Attack(
+        "huge output",
+        "for _ in range(400):\n    print('x' * 100_000)",
+        "fills the host's memory and log",
+        "big",
+    ),
     Attack("huge value", "'x' * 200_000_000", "fills the host's memory and log", "big"),
     Attack(
         "output past Python",

@@ -121,7 +121,13 @@ SIGNALS = (
         "stops what supervises it",
         "world",
     ),
-    Attack("kill all", "import os\nos.kill(-1, 9)", "kills everything of the user", "ends", control="import os\nos.killpg(0, 9)"),
+    Attack(
+        "kill all",
+        "import os\nos.kill(-1, 9)",
+        "kills everything of the user",
+        "ends",
+        control="import os\nos.killpg(0, 9)",
+    ),
     Attack(
         "rarer ways to signal",
         RAW
@@ -194,7 +200,8 @@ changed
     ),
     Attack(
         "death signal of the parent",
-        RAW + "libc.prctl(1, ctypes.c_ulong(0), 0, 0, 0) == 0 and libc.prctl(36, ctypes.c_ulong(1), 0, 0, 0) == 0",
+        RAW
+        + "libc.prctl(1, ctypes.c_ulong(0), 0, 0, 0) == 0 and libc.prctl(36, ctypes.c_ulong(1), 0, 0, 0) == 0",
         "survives its supervisor, adopts orphans",
     ),
 )

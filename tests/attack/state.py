@@ -80,9 +80,7 @@ True
         "import os\nhere = os.getcwd()\n'\\n'.join(open(name).read() for name in os.listdir(here) if name == 'canary')",
         "has its supervisor copy a host folder into the next candidates' directories",
         "secret",
-        before=(
-            "import os\nhere = os.getcwd()\nos.rename(here, here + 'x')\nos.symlink(T['folder'], here)",
-        ),
+        before=("import os\nhere = os.getcwd()\nos.rename(here, here + 'x')\nos.symlink(T['folder'], here)",),
         control="import os, shutil\nos.symlink(T['folder'], 'home')\n"
         "shutil.copytree('home', 'copy', ignore=shutil.ignore_patterns('socket'))\n"
         "open('copy/canary').read()",

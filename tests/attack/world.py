@@ -91,7 +91,13 @@ class World:
         for path in (self.file, self.module):
             if path.exists():
                 info = path.stat()
-                seen[path.name] = (path.read_text(), info.st_mode, info.st_mtime_ns, info.st_uid, info.st_nlink)
+                seen[path.name] = (
+                    path.read_text(),
+                    info.st_mode,
+                    info.st_mtime_ns,
+                    info.st_uid,
+                    info.st_nlink,
+                )
         return seen
 
     def touched(self) -> list[str]:
