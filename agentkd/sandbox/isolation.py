@@ -44,7 +44,8 @@ _SYSTEM = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib
            "/usr/share/zoneinfo")  # fmt: skip
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _MOUNT_POINTS = ("/mnt", "/srv", "/media", "/opt", "/tmp", "/var/tmp")
-_CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_DAC_OVERRIDE")
+_CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_DAC_OVERRIDE", "CAP_KILL")
+# The last one so that a session, whose user is another, gets the signal when the zygote dies.
 _INSIDE = Path(__file__).parent / "inside"
 _START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from inside.zygote import main; main()"
 
