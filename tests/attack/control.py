@@ -13,9 +13,10 @@ import socket
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+# As the sandbox does, without the package around it, which would take longer than most attacks.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "agentkd" / "sandbox"))
 
-from agentkd.sandbox.inside.wire import _plain, receive, send
+from inside.wire import _plain, receive, send
 
 
 def main() -> None:
