@@ -47,6 +47,10 @@ def command(words: Iterable[str]) -> list[str]:
     view += [
         "--dev",
         "/dev",
+        "--perms",
+        "1777",
+        "--tmpfs",
+        "/dev/shm",
         "--bind",
         "/proc",
         "/proc",

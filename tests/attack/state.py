@@ -132,7 +132,7 @@ if os.fork() == 0:
     ),
     Attack(
         "deep folders",
-        "import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\nTrue",
+        "import os\nfor _ in range(1200):\n    os.mkdir('ddd')\n    os.chdir('ddd')\nTrue",
         "overflows whoever walks the tree, and cannot be removed by its path",
         "own",
     ),

@@ -191,12 +191,11 @@ def judge(attack: Attack, session: ForkSandbox, world: World) -> None:
 def usable(session: ForkSandbox) -> bool:
     """Whether the session's state is still there; if not, it says so, and a new one can be had."""
     try:
-        for _ in range(2):
-            outcomes = session.try_each(["marker", "marker"])
-            if any(outcome.ended or outcome.error for outcome in outcomes):
-                session.discard()
-            else:
-                session.commit(1)
+        outcomes = session.try_each(["marker", "marker"])
+        if any(outcome.ended or outcome.error for outcome in outcomes):
+            session.discard()
+        else:
+            session.commit(1)
     except CodeFailure as exc:
         assert str(exc)
     try:
