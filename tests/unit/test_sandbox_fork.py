@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ import pytest
 from agentkd.errors import ConfigError, SandboxError
 from agentkd.sandbox import CodeFailure, ForkingSandbox, Sandbox
 from agentkd.sandbox.fork import ForkSandbox, Limits
+from agentkd.sandbox.inside import seccomp
 from agentkd.sandbox.isolation import choose
 
 try:
@@ -41,7 +43,9 @@ class Double:
 
 @pytest.fixture
 def session() -> Iterator[ForkSandbox]:
-    made = ForkSandbox(imports=("numpy", "os", "asyncio", "dataclasses", "threading", "sys", "contextlib"), timeout=5)
+    made = ForkSandbox(
+        imports=("numpy", "os", "asyncio", "dataclasses", "threading", "sys", "contextlib"), timeout=5
+    )
     made.send_tools({"final_answer": object(), "double": Double()})
     yield made
     made.close()
@@ -144,13 +148,19 @@ def test_output_is_cut_with_a_mark(session: ForkSandbox) -> None:
 
 def test_candidates_do_not_change_the_session(session: ForkSandbox) -> None:
     session("data = [1]\nopen('f', 'w').write('old')")
-    codes = ["data.append(2); open('f', 'w').write('a'); len(data)", "data.clear(); open('g', 'w'); len(data)", "1 / 0"]
+    codes = [
+        "data.append(2); open('f', 'w').write('a'); len(data)",
+        "data.clear(); open('g', 'w'); len(data)",
+        "1 / 0",
+    ]
     first, second, third = session.try_each(codes)
     assert (first.value, second.value, third.value) == (2, 0, None)
     assert third.error is not None
     assert not third.ended
     session.discard()
-    assert session("[data, open('f').read(), sorted(os.listdir()) if 'os' in globals() else 0]").output[:2] == [[1], "old"]
+    assert session("[data, open('f').read(), sorted(os.listdir()) if 'os' in globals() else 0]").output[
+        :2
+    ] == [[1], "old"]
     session.try_each(codes)
     session.commit(0)
     assert session("import os\n[data, open('f').read(), os.listdir()]").output == [[1, 2], "a", ["f"]]
@@ -185,7 +195,9 @@ def test_fresh_sessions_are_equal_and_seeds_differ() -> None:
 
 def test_open_files_follow_the_candidate(session: ForkSandbox) -> None:
     session("f = open('log', 'w+')\nf.write('one ')\nf.flush()")
-    session.try_each([f"f.write('{word}')\nf.flush()\nf.seek(0)\nf.read()" for word in ("two", "three", "four")])
+    session.try_each(
+        [f"f.write('{word}')\nf.flush()\nf.seek(0)\nf.read()" for word in ("two", "three", "four")]
+    )
     session.commit(1)
     assert session("f.write('!')\nf.flush()\nopen('log').read()").output == "one three!"
 
@@ -214,7 +226,11 @@ def test_tools_are_called_once_for_equal_calls(session: ForkSandbox) -> None:
     outcomes = session.try_each(["double(4)", "double(4) + 1", "double(5)"])
     assert [outcome.value for outcome in outcomes] == [8, 9, 10]
     assert sorted(tool.calls) == [4, 5]
-    assert [outcome.tool_uses[0].arguments for outcome in outcomes] == [{"number": 4}, {"number": 4}, {"number": 5}]
+    assert [outcome.tool_uses[0].arguments for outcome in outcomes] == [
+        {"number": 4},
+        {"number": 4},
+        {"number": 5},
+    ]
     session.commit(1)
     (use,) = session.take_tool_uses()
     assert (use.name, use.result) == ("double", "8")
@@ -247,7 +263,10 @@ def test_a_killed_action_leaves_the_state(session: ForkSandbox) -> None:
     assert outcome.ended
     assert time.monotonic() - began < 4
     session.discard()
-    for code, told in (("import os\nos._exit(3)", "ended its process"), ("import os\nos.abort()", "crashed its interpreter")):
+    for code, told in (
+        ("import os\nos._exit(3)", "ended its process"),
+        ("import os\nos.abort()", "crashed its interpreter"),
+    ):
         with pytest.raises(CodeFailure, match=told):
             session(code)
     assert session("x").output == 5
@@ -294,7 +313,9 @@ def test_nothing_is_left_of_a_killed_host(tmp_path: Path) -> None:
         print(*pids, sessions[0]._zygote.process.pid, flush=True)
         sessions[0]("while True: pass")
     """
-    host = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    host = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
     assert host.stdout is not None
     pids = [int(word) for word in host.stdout.readline().split()]
     host.stdout.close()
@@ -346,3 +367,58 @@ def test_a_host_that_forks(session: ForkSandbox) -> None:
 def test_an_unknown_isolation_is_named() -> None:
     with pytest.raises(ConfigError, match="moat"):
         ForkSandbox(isolation="moat")("1")
+
+
+def _decide(program: bytes, arch: int, number: int, *arguments: int) -> int:
+    """Run a filter as the kernel does."""
+    lines = [struct.unpack("=HBBI", program[at : at + 8]) for at in range(0, len(program), 8)]
+    words = {0: number, 4: arch, **{16 + 8 * place: value for place, value in enumerate(arguments)}}
+    at = held = 0
+    while True:
+        code, yes, no, value = lines[at]
+        at += 1
+        if code == 0x06:
+            return int(value)
+        if code == 0x20:
+            held = words.get(value, 0) & 0xFFFFFFFF
+        elif code == 0x54:
+            held &= value
+        else:
+            true = {0x15: held == value, 0x25: held > value, 0x45: bool(held & value)}[code]
+            at += yes if true else no
+
+
+@pytest.mark.parametrize(
+    ("machine", "arch", "column"), [("x86_64", 0xC000003E, 0), ("aarch64", 0xC00000B7, 1)]
+)
+def test_the_filter_of_system_calls(machine: str, arch: int, column: int) -> None:
+    allowed, refused, missing, killed = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
+    program = seccomp.program(machine)
+
+    def decide(numbers: tuple[int, int], *arguments: int) -> int:
+        return _decide(program, arch, numbers[column], *arguments)
+
+    assert _decide(program, 0x40000003, 1) == killed, "the 32-bit calls"
+    assert decide((0x40000000 + 39, 0x40000000)) == missing, "the x32 calls"
+    assert decide((435, 435)) == missing, "clone3"
+    assert decide((0, 63)) == allowed, "read"
+    clone, pair, limit, control = (56, 220), (53, 199), (302, 261), (72, 25)
+    assert [decide(clone, flags) for flags in (17, 0x1200011, 0x3D0F00)] == [allowed] * 3
+    assert [decide(clone, flags) for flags in (18, 9, 17 | 0x8000, 17 | 0x10000000, 17 | 0x80)] == [
+        refused
+    ] * 5
+    assert [decide(pair, 1, kind) for kind in (1, 5, 1 | 0x80000)] == [allowed] * 3
+    assert [decide(pair, *kind) for kind in ((1, 2), (1, 2 | 0x80000), (2, 1), (1, 3))] == [refused] * 4
+    assert [decide(limit, pid) for pid in (0, 1, 7)] == [allowed, refused, refused]
+    assert [decide(control, 0, command) for command in (1, 4, 8, 10, 15)] == [allowed] * 2 + [refused] * 3
+    for numbers in (
+        (62, 129),
+        (101, 117),
+        (59, 221),
+        (41, 198),
+        (165, 40),
+        (321, 280),
+        (425, 425),
+        (109, 154),
+    ):
+        assert decide(numbers) == refused

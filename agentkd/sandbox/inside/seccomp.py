@@ -52,7 +52,8 @@ getrandom:318:278
 
 _ARCH = {"x86_64": (0, 0xC000003E, 317), "aarch64": (1, 0xC00000B7, 277)}
 """Column of the table, AUDIT_ARCH of the kernel, number of seccomp(2)."""
-_STREAM, _SEQPACKET, _NONBLOCK, _CLOEXEC = 1, 5, 0x800, 0x80000
+_PAIRS = tuple(kind | flags for kind in (1, 5) for flags in (0, 0x800, 0x80000, 0x80800))
+"""SOCK_STREAM and SOCK_SEQPACKET, with SOCK_NONBLOCK and SOCK_CLOEXEC or without."""
 _CHECKED: dict[str, tuple[tuple[int, int], tuple[tuple[int, str, tuple[int, ...]], ...]]] = {
     # Threads and forks, but no new namespaces, no tracing, no children in the parent's name, and
     # no signal at a child's end but SIGCHLD: SIGCONT would wake a parent that was stopped.
@@ -62,9 +63,7 @@ _CHECKED: dict[str, tuple[tuple[int, int], tuple[tuple[int, str, tuple[int, ...]
     # Not F_SETOWN, F_SETSIG, F_SETOWN_EX, F_NOTIFY, F_SETLEASE: they send signals to others.
     "fcntl": ((72, 25), ((1, "except", (8, 10, 15, 1024, 1026)),)),
     # AF_UNIX, and not of datagrams: those can be sent to any socket that has a path.
-    "socketpair": ((53, 199), ((0, "among", (1,)), (1, "among", tuple(
-        kind | flags for kind in (_STREAM, _SEQPACKET) for flags in (0, _NONBLOCK, _CLOEXEC, _NONBLOCK | _CLOEXEC)
-    )))),
+    "socketpair": ((53, 199), ((0, "among", (1,)), (1, "among", _PAIRS))),
     "prlimit64": ((302, 261), ((0, "among", (0,)),)),  # of itself, not of the others
 }  # fmt: skip
 _CLONE3 = 435
