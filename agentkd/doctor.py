@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from agentkd.errors import AgentkdError, ConfigError, ProviderError, SandboxError
-from agentkd.sandbox.machine import Machine, look, probe_fork, remedy
+from agentkd.sandbox import CodeFailure
+from agentkd.sandbox.machine import Machine, look, probe, remedy
 
 __all__ = ["PARTS", "Check", "Diagnosis", "examine"]
 
@@ -63,7 +65,7 @@ def examine(
     api_base: str | None = None,
     only: Collection[str] = (),
     machine: Machine | None = None,
-    probe: Callable[[str], str] | None = None,
+    try_fork: Callable[[str], str] | None = None,
     on_check: Callable[[str], None] = lambda name: None,
 ) -> Diagnosis:
     """Look at everything.
@@ -72,14 +74,15 @@ def examine(
         api_base: an endpoint to ask for its models.
         only: names of :data:`PARTS` to look at; all by default.
         machine: facts for the sandbox; those of this machine by default.
-        probe: tries an isolation, see :func:`agentkd.sandbox.machine.probe_fork`.
+        try_fork: starts a session in an isolation and tries what is forbidden, see
+            :func:`agentkd.sandbox.machine.probe`.
         on_check: told what is looked at next.
 
     Raises:
         ConfigError: an unknown part.
     """
     parts: dict[str, Callable[[], Iterator[Check]]] = {
-        "sandbox": lambda: chain(_sandbox(machine or look(), probe or probe_fork), _other_sandboxes()),
+        "sandbox": lambda: chain(_sandbox(machine or look(), try_fork or _try_fork), _other_sandboxes()),
         "python": _python,
         "extra": _extras,
         "machine": _machine,
@@ -98,7 +101,7 @@ def examine(
 # The sandbox.
 
 
-def _sandbox(machine: Machine, probe: Callable[[str], str]) -> Iterator[Check]:
+def _sandbox(machine: Machine, try_fork: Callable[[str], str]) -> Iterator[Check]:
     from agentkd.sandbox import DEFAULT_BACKEND
     from agentkd.sandbox.isolation import ISOLATION_VARIABLE
 
@@ -112,12 +115,12 @@ def _sandbox(machine: Machine, probe: Callable[[str], str]) -> Iterator[Check]:
             yield Check("sandbox", name, worst, _absence(machine, kind), remedy(machine, kind))
             continue
         try:
-            yield Check("sandbox", name, "ok", probe(kind))
+            yield Check("sandbox", name, "ok", try_fork(kind))
         except AgentkdError as exc:
             because = f" Namespaces: {machine.namespaces}." if machine.namespaces else ""
             yield Check("sandbox", name, worst, exc.message + because, remedy(machine, kind))
-        except Exception as exc:  # the model's code would be told, a person must be told here
-            yield Check("sandbox", name, worst, f"{type(exc).__name__}: {exc}", remedy(machine, kind))
+        except CodeFailure as exc:
+            yield Check("sandbox", name, worst, exc.message, remedy(machine, kind))
     if asked not in (None, "bubblewrap", "landlock"):
         yield Check(
             "sandbox", ISOLATION_VARIABLE, "broken", f"{asked!r} is unknown", f"unset {ISOLATION_VARIABLE}"
@@ -167,32 +170,36 @@ def _isolation_facts(machine: Machine) -> Iterator[Check]:
         yield Check("sandbox", "control groups", "missing", says, command)
 
 
+def _try_fork(kind: str) -> str:
+    from agentkd.sandbox.fork import ForkSandbox
+
+    return probe(ForkSandbox(imports=("os", "socket"), isolation=kind))
+
+
+def _try_docker() -> str:
+    from agentkd.sandbox import docker
+
+    docker.check()
+    session = docker.DockerSandbox(imports=("os", "socket"))
+    return f"{probe(session)}; Python {session.about['version']} in {session.image}"
+
+
+def _try_e2b() -> str:
+    from agentkd.sandbox import e2b
+
+    e2b.check()
+    return "the SDK is installed and a key is set (not tried: it costs)"
+
+
 def _other_sandboxes() -> Iterator[Check]:
-    if importlib.util.find_spec("e2b_code_interpreter") is None:
-        yield Check("sandbox", "e2b", "missing", "the SDK is not installed", "pip install 'agentkd[e2b]'")
-    elif not os.environ.get("E2B_API_KEY"):
-        yield Check(
-            "sandbox", "e2b", "missing", "no key in E2B_API_KEY", "export E2B_API_KEY=...   # from e2b.dev"
-        )
-    else:
-        yield Check("sandbox", "e2b", "ok", "the SDK is installed and a key is set (not tried: it costs)")
-    program = shutil.which("docker")
-    if program is None:
-        mend = (
-            "brew install --cask docker"
-            if sys.platform == "darwin"
-            else "curl -fsSL https://get.docker.com | sh"
-        )
-        yield Check("sandbox", "docker", "missing", "docker is not on the PATH", mend)
-        return
-    done, said = _run([program, "version", "--format", "{{.Server.Version}}"], 20)
-    if done:
-        yield Check("sandbox", "docker", "ok", f"daemon {said}")
-    else:
-        mend = "open -a Docker" if sys.platform == "darwin" else "sudo systemctl start docker"
-        if "permission denied" in said:
-            mend = "sudo usermod -aG docker $USER   # then log in again"
-        yield Check("sandbox", "docker", "missing", said or "the daemon does not answer", mend)
+    for name, attempt in (("docker", _try_docker), ("e2b", _try_e2b)):
+        try:
+            yield Check("sandbox", name, "ok", attempt())
+        except AgentkdError as exc:
+            command = re.search("`(.*)`", exc.hint)
+            yield Check("sandbox", name, "missing", exc.message, command[1] if command else exc.hint)
+        except CodeFailure as exc:
+            yield Check("sandbox", name, "missing", exc.message, "agentkd doctor --only sandbox --json")
 
 
 # Python and what is installed.

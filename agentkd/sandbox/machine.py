@@ -1,7 +1,7 @@
 """What this machine gives the fork sandbox to isolate with, and the command that mends what is missing.
 
 ``look`` gathers facts; ``remedy`` judges them and touches nothing, so that it can be asked about
-machines other than this one; ``probe_fork`` tries it.
+machines other than this one; ``probe`` tries it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from agentkd.errors import SandboxError
-from agentkd.sandbox import cgroup
+from agentkd.sandbox import ForkingSandbox, cgroup
 from agentkd.sandbox.inside import landlock, seccomp
 
-__all__ = ["Machine", "install_command", "look", "probe_fork", "remedy"]
+__all__ = ["Machine", "install_command", "look", "probe", "remedy"]
 
 _SYSTEM_ADMINISTRATION = 21
 _INSTALLERS = {
@@ -154,19 +154,21 @@ def remedy(machine: Machine, kind: str = "bubblewrap") -> str:
     return "bwrap --ro-bind / / --unshare-all true   # says what it lacks"
 
 
-def probe_fork(kind: str) -> str:
-    """Start a session in one isolation, run an action, try what is forbidden.
+def probe(session: ForkingSandbox) -> str:
+    """Run an action that tries what is forbidden, and end the session.
 
     What is tried is first done by this process itself, so that it cannot fail for another reason.
+
+    Args:
+        session: one that allows the modules os and socket.
 
     Returns:
         What was seen, for a person.
 
     Raises:
         SandboxError: it does not start, or does not hold.
+        CodeFailure: the action failed.
     """
-    from agentkd.sandbox.fork import ForkSandbox
-
     with (
         tempfile.NamedTemporaryFile("w", prefix="agentkd-doctor-") as file,
         socket.create_server(("127.0.0.1", 0)) as server,
@@ -175,20 +177,19 @@ def probe_fork(kind: str) -> str:
         port = server.getsockname()[1]
         with Path(file.name).open("a"), socket.create_connection(("127.0.0.1", port), 1):
             pass
-        session = ForkSandbox(imports=("os", "socket"), isolation=kind)
         began = time.monotonic()
         try:
             found = session(_FORBIDDEN.format(path=file.name, port=port)).output
+            user = getattr(session, "user", None) or found["user"]
         finally:
             session.close()
         took = time.monotonic() - began
     open_ways = [name for name in ("read", "written", "network") if found[name]]
-    if open_ways or found["user"] == 0:
+    if open_ways or user == 0:
         what = ", ".join(open_ways) or "it runs as root"
         raise SandboxError(
             f"The boundary does not hold: {what}.", "Report this with the output of agentkd doctor."
         )
-    user = session.user or found["user"]
     return f"an action ran as user {user}; a file and a port of the host were refused ({took:.1f} s)"
 
 

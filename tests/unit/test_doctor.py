@@ -38,12 +38,12 @@ REFUSED = GOOD._replace(namespaces="new namespaces: Operation not permitted")
 
 
 def diagnose(machine: Machine, fails: tuple[str, ...] = ()) -> Any:
-    def probe(kind: str) -> str:
+    def try_fork(kind: str) -> str:
         if kind in fails or machine.namespaces:
             raise SandboxError("The sandbox did not start.", "")
         return "works"
 
-    return examine(only=("sandbox",), machine=machine, probe=probe)
+    return examine(only=("sandbox",), machine=machine, try_fork=try_fork)
 
 
 @pytest.mark.parametrize(
