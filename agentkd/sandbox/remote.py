@@ -262,7 +262,7 @@ class RemoteSandbox(PythonExecutor):
     def _try(self, codes: list[str], seconds: float, together: Round, settle: bool = False) -> list[Outcome]:
         """Run the codes; with ``settle`` the only one is kept as well."""
         self._open()
-        running = _Running(self._host, len(codes), seconds, together)
+        running = _Running(self._host, len(codes), together)
         outgoing: list[dict[str, Any]] = [{"try": codes, "seconds": seconds, "settle": settle}]
         silent = time.monotonic()
         with ThreadPoolExecutor(len(codes)) as pool:
@@ -273,7 +273,7 @@ class RemoteSandbox(PythonExecutor):
                     silent = time.monotonic()
                 else:
                     outgoing = []
-                    if time.monotonic() - silent > seconds + GRACE_SECONDS:
+                    if time.monotonic() - silent > seconds * len(codes) + GRACE_SECONDS:
                         self.close()
                         raise SandboxError(
                             "The sandbox does not answer; the session's state is lost.", self._hint()
@@ -286,8 +286,7 @@ class RemoteSandbox(PythonExecutor):
 class _Running:
     """Candidates that run: their calls and outcomes."""
 
-    def __init__(self, host: ToolHost, count: int, seconds: float, together: Round) -> None:
-        self.seconds = seconds
+    def __init__(self, host: ToolHost, count: int, together: Round) -> None:
         self.outcomes: list[Outcome | None] = [None] * count
         self.kept: dict[str, Any] | None = None
         """What became of the only candidate, where that was asked for."""
@@ -334,8 +333,8 @@ class _Running:
         return answers
 
     def _outcome(self, number: int, message: dict[str, Any]) -> Outcome:
-        if message.get("timed_out"):
-            error = f"The code took longer than {self.seconds:.3g} s and was stopped. {KEPT}"
+        if isinstance(seconds := message.get("timed_out"), (int, float)):
+            error = f"The code took longer than {seconds:.3g} s and was stopped. {KEPT}"
             return self._failed(number, error, timed_out=True)
         said = message.get("message")
         if isinstance(said, dict):

@@ -11,7 +11,7 @@ import sys
 from typing import Any, NoReturn
 
 from . import landlock, seccomp
-from .kernel import drop_capabilities, no_new_privileges
+from .kernel import die_with_parent, drop_capabilities, no_new_privileges
 from .language import Runner
 from .session import MOST_CANDIDATES, _reopen
 from .wire import receive, receive_fds, send

@@ -47,6 +47,7 @@ def status(pid: int) -> int | None:
 
 
 def signal_to(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone."""
     with contextlib.suppress(OSError):
         os.kill(pid, number)
 

@@ -2,9 +2,9 @@
 
 The supervisor never runs the model's code. It starts the process that holds the session's state,
 has candidates forked from it, keeps their time, passes on what they say under their number, kills
-all but the winner, and ends when its input does. An action that is tried alone and is to "settle" is kept
-without another word. The boundary is what it runs in; the processes
-that run the code still give up what rights they can.
+all but the winner, and ends when its input does. An action that is tried alone and is to "settle"
+is kept without another word. The boundary is what all this runs in; the processes that run the
+code still give up what rights they can.
 
 To it: ``{"order"}`` once, then ``{"set"}``, ``{"try", "seconds", "settle"}``, ``{"reply", "message"}``,
 ``{"keep"}``. From it: ``{"ready"}``, ``{"candidate", "message" | "ended" | "timed_out"}``,
@@ -55,7 +55,7 @@ class _Candidate:
         self.pid = pid
         self.sock = sock
         self.frames = Frames()
-        self.left = seconds
+        self.seconds = self.left = seconds
         self.since: float | None = time.monotonic()
         """None while it waits for a tool, or is done."""
         self.open = True
@@ -112,7 +112,7 @@ class Supervisor:
             deadline = tried.deadline()
             if deadline is not None and deadline <= now:
                 self._stop(tried)
-                self._say({"candidate": number, "timed_out": True})
+                self._say({"candidate": number, "timed_out": tried.seconds})
                 self._settle(None)
         deadlines = [at for tried in self._tried if (at := tried.deadline()) is not None]
         wait = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
@@ -176,6 +176,7 @@ class Supervisor:
         assert self._state is not None
         pid, sock = self._state
         count = len(codes)
+        seconds *= max(1.0, count / (os.cpu_count() or 1))
         folders = [f"{self._home}-{index}" for index in range(count)] if count > 1 else [self._home]
         if count > 1:
             try:
@@ -227,8 +228,9 @@ class Supervisor:
                     raise ValueError("it speaks out of turn")
                 tried.pause()
                 self._say({"candidate": number, "message": message})
-                if "call" not in message:
+                if self._alone and "call" not in message:
                     self._settle(None if "broken" in message else number)
+                    return  # whatever else it said is dropped
         except BlockingIOError:
             pass
         except (OSError, ValueError, RecursionError) as exc:
