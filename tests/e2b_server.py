@@ -34,7 +34,11 @@ sys.stdout, sys.stderr = Stream("stdout"), Stream("stderr")
 names = {"__name__": "__main__"}
 for line in link_in:
     try:
-        body = ast.parse(json.loads(line)).body
+        code = json.loads(line)
+        if code.startswith("!pip "):  # the notebook's way to run a program
+            run = f"subprocess.getoutput(sys.executable + ' -m ' + {code[1:]!r})"
+            code = f"import subprocess, sys\nprint({run})"
+        body = ast.parse(code).body
         last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
         exec(compile(ast.Module(body, []), "<cell>", "exec"), names)
         value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), names) if last else None
@@ -150,8 +154,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _new(self, machine: Machine) -> dict[str, Any]:
         name = uuid.uuid4().hex
         self.server.machines[name] = machine
-        return {"templateID": "code-interpreter-v1", "sandboxID": name, "clientID": "c", "envdVersion": "0.4.0",
-                "envdAccessToken": "t"}  # fmt: skip
+        return {
+            "templateID": "code-interpreter-v1",
+            "sandboxID": name,
+            "clientID": "client",
+            "envdVersion": "0.4.0",
+            "envdAccessToken": "token",
+        }
 
     def _execute(self, body: dict[str, Any]) -> None:
         self.server.executions += 1
