@@ -25,7 +25,7 @@ def options(arguments: list[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 def run(arguments: list[str]) -> None:
     given, (_image, *command) = options(arguments)
-    view = ["bwrap", "--die-with-parent", "--unshare-user", "--unshare-pid", "--unshare-ipc"]
+    view = ["bwrap", "--unshare-user", "--unshare-pid", "--unshare-ipc"]
     if given["--network"] == ["none"]:
         view.append("--unshare-net")
     uid, _, gid = given["--user"][0].partition(":")

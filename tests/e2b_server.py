@@ -100,6 +100,7 @@ class Cloud(ThreadingHTTPServer):
     Attributes:
         forks: whether the control plane forks machines.
         executions: calls of ``/execute`` so far.
+        extended: lifetimes that were asked for later.
         created: bodies of the requests for machines.
     """
 
@@ -110,6 +111,7 @@ class Cloud(ThreadingHTTPServer):
         self.machines: dict[str, Machine] = {}
         self.forks = True
         self.executions = 0
+        self.extended: list[int] = []
         self.created: list[dict[str, Any]] = []
 
     @property
@@ -133,6 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path.endswith("/sandboxes"):
             self.server.created.append(body)
             self._json(201, self._new(Machine()))
+        elif self.path.endswith("/timeout"):
+            self.server.extended.append(body["timeout"])
+            self._send(204, b"")
         elif self.path.endswith("/fork"):
             original = self.server.machines.get(self.path.split("/")[-2])
             if original is None or not self.server.forks:

@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,7 +77,7 @@ class E2BSandbox(RemoteSandbox):
         limits: memory, processes and the like.
         candidates: "machine" for copies of the machine, "process" for forks inside it.
         template: name of an E2B template with a Python kernel; the SDK's own by default.
-        lifetime: seconds after which E2B ends a machine; what the plan allows is the limit.
+        lifetime: seconds after which E2B ends a machine that has not been used meanwhile.
         options: for ``Sandbox.create``, such as ``api_key``, ``domain`` and ``metadata``.
     """
 
@@ -88,7 +89,7 @@ class E2BSandbox(RemoteSandbox):
         *,
         candidates: Literal["machine", "process"] = "machine",
         template: str | None = None,
-        lifetime: int = 3600,
+        lifetime: int = 1800,
         **options: Any,
     ) -> None:
         super().__init__(imports, timeout, limits)
@@ -123,7 +124,7 @@ class E2BSandbox(RemoteSandbox):
             raise SandboxError(
                 f"E2B gives no machine: {_said(exc)}.", f"Check {KEY_VARIABLE} and the plan's limits."
             ) from exc
-        return _Machine(machine)
+        return _Machine(machine, self.lifetime)
 
     def _try(self, codes: list[str], seconds: float, together: Round, settle: bool = False) -> list[Outcome]:
         if len(codes) > 1 and self.candidates == "machine":
@@ -142,7 +143,7 @@ class E2BSandbox(RemoteSandbox):
         if self._unsent:
             self._exchange([], 0.0)  # what the session was told belongs to the state that is copied
         try:
-            machines = self._channel.fork(count, self.lifetime)
+            machines = self._channel.fork(count)
         except Exception as exc:
             self.fallback = _said(exc)
             if type(exc).__name__ != "RateLimitException":  # that passes; the rest does not
@@ -187,8 +188,10 @@ class _Copy(RemoteSandbox):
 class _Machine:
     """The way through the kernel of one machine."""
 
-    def __init__(self, sandbox: Any, started: bool = False) -> None:
+    def __init__(self, sandbox: Any, lifetime: int, started: bool = False) -> None:
         self.sandbox = sandbox
+        self._lifetime = lifetime
+        self._extended = time.monotonic()
         self._started = started
 
     def exchange(self, messages: Sequence[dict[str, Any]], wait: float) -> list[dict[str, Any]]:
@@ -196,6 +199,10 @@ class _Machine:
         code = f"print(_link.turn({text!r}, {wait}))"
         if not self._started:
             code = _START.format(sources=_sources(), order=text, wait=wait)
+        if time.monotonic() - self._extended > self._lifetime / 2:
+            self._extended = time.monotonic()
+            with contextlib.suppress(Exception):  # then the next call fails, and says so
+                self.sandbox.set_timeout(self._lifetime)
         try:
             # Never again after an error: the call that follows a timeout hangs.
             execution = self.sandbox.run_code(code, timeout=wait + MARGIN_SECONDS)
@@ -215,7 +222,7 @@ class _Machine:
             raise ValueError("answer is not a list of messages")
         return found
 
-    def fork(self, count: int, lifetime: int) -> list[_Machine]:
+    def fork(self, count: int) -> list[_Machine]:
         """Copies of the machine, all or none.
 
         Raises:
@@ -223,8 +230,10 @@ class _Machine:
         """
         forks: list[Any] = []
         while len(forks) < count:
-            forks += self.sandbox.fork(count=min(MOST_FORKS, count - len(forks)), timeout=lifetime)
-        machines = [_Machine(fork, started=True) for fork in forks if not isinstance(fork, Exception)]
+            forks += self.sandbox.fork(count=min(MOST_FORKS, count - len(forks)), timeout=self._lifetime)
+        machines = [
+            _Machine(fork, self._lifetime, started=True) for fork in forks if not isinstance(fork, Exception)
+        ]
         failed = next((fork for fork in forks if isinstance(fork, Exception)), None)
         if failed is not None:
             for machine in machines:

@@ -92,6 +92,7 @@ class RemoteSandbox(PythonExecutor):
             "seed": limits.seed,
             "scratch": "/scratch",
             "user": None,
+            "processes": limits.processes,
             "environment": {"LANG": "C.UTF-8", "TZ": "UTC", "PATH": "/nonexistent", **ONE_THREAD},
             "limits": {
                 "AS": limits.memory_mb << 20,

@@ -292,6 +292,28 @@ def test_a_dead_supervisor_is_reported_and_the_next_session_is_new(
     session.cleanup()
 
 
+def test_nothing_outlives_a_host_that_is_killed(request: pytest.FixtureRequest) -> None:
+    before = supervisors()
+    start("docker stand-in", request).cleanup()
+    code = (
+        "from agentkd.sandbox.docker import DockerSandbox\n"
+        "session = DockerSandbox(('os',))\nsession('x = 1')\nprint('ready', flush=True)\n"
+        "session.try_each(['while True: pass', 'import os\\nos.fork()\\nwhile True: pass'], timeout=60)\n"
+    )
+    host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert host.stdout is not None and host.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    assert supervisors() - before
+    host.kill()
+    host.wait()
+    host.stdout.close()
+    for _ in range(100):
+        if not supervisors() - before:
+            break
+        time.sleep(0.05)
+    assert not supervisors() - before
+
+
 @pytest.mark.parametrize("kind", ["docker stand-in", "e2b"])
 def test_nothing_is_left_running(kind: str, request: pytest.FixtureRequest) -> None:
     before = supervisors()
@@ -390,6 +412,16 @@ def test_a_machine_that_hangs_is_left_behind(
         session("x")
     assert time.monotonic() - began < 10
     assert session("1").output == 1 and machine not in clouds.machines.values()
+    session.cleanup()
+
+
+def test_a_machine_in_use_is_kept_alive(clouds: Cloud, request: pytest.FixtureRequest) -> None:
+    session = start("e2b", request, lifetime=1)
+    session("x = 1")
+    assert clouds.extended == []
+    time.sleep(0.6)
+    session("x")
+    assert clouds.extended == [1]
     session.cleanup()
 
 

@@ -86,7 +86,10 @@ class Holder:
         """Give up what rights can be given up. Only then the model's code runs."""
         import resource
 
-        for name, value in self.order["limits"].items():
+        own = (
+            {} if self.user is None else {"NPROC": self.order["processes"]}
+        )  # they count a user's, so it must be alone
+        for name, value in {**self.order["limits"], **own}.items():
             number = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(number)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
