@@ -25,7 +25,6 @@ from agentkd.sandbox import CodeFailure, Outcome
 from agentkd.sandbox.fork import KEPT, LOST, Limits
 from agentkd.sandbox.inside.wire import MESSAGE_LIMIT
 from agentkd.sandbox.remote import Channel, RemoteSandbox
-from agentkd.sandbox.toolhost import Round
 
 __all__ = ["KEY_VARIABLE", "E2BSandbox", "check"]
 
@@ -99,7 +98,8 @@ class E2BSandbox(RemoteSandbox):
         """Why candidates run inside the one machine although copies were asked for; "" when they do not."""
         self._template = template
         self._options = options
-        self._copies: list[_Copy] = []
+        self._places: list[_Copy | int] = []
+        """Where each candidate is: in a copy, or under a number in the one machine."""
 
     def close(self) -> None:
         self._end_copies()
@@ -126,16 +126,18 @@ class E2BSandbox(RemoteSandbox):
             ) from exc
         return _Machine(machine, self.lifetime)
 
-    def _try(self, codes: list[str], seconds: float, together: Round, settle: bool = False) -> list[Outcome]:
-        if len(codes) > 1 and self.candidates == "machine":
+    def _try(self, codes: list[str], seconds: float, settle: bool = False) -> list[Outcome]:
+        if settle:
+            return super()._try(codes, seconds, settle)
+        copies: list[_Copy] = []
+        if self._several and not self._running and self.candidates == "machine":
             self._open()
-            self._copies = self._copy(len(codes))
-        if not self._copies:
-            return super()._try(codes, seconds, together, settle)
+            copies = self._copy(len(codes))
+        self._places += copies or range(self._running, self._running + len(codes))
+        if not copies:
+            return super()._try(codes, seconds)
         with ThreadPoolExecutor(len(codes)) as pool:
-            return list(
-                pool.map(lambda copy, code: copy.attempt(code, seconds, together), self._copies, codes)
-            )
+            return list(pool.map(lambda copy, code: copy.attempt(code, seconds), copies, codes))
 
     def _copy(self, count: int) -> list[_Copy]:
         """Copies of the machine; none when that is refused."""
@@ -152,18 +154,19 @@ class E2BSandbox(RemoteSandbox):
         return [_Copy(self, machine) for machine in machines]
 
     def _keep(self, index: int | None) -> None:
-        if not self._copies:
-            super()._keep(index)
-            return
-        if index is not None:
-            winner = self._copies.pop(index)
+        place = None if index is None else self._places[index]
+        if isinstance(place, _Copy):
+            self._places.remove(place)
             if self._channel is not None:
                 self._channel.close()
-            self._channel = winner._channel
+            self._channel, self._running = place.release(), 0
+        elif self._running:
+            super()._keep(place)
         self._end_copies()
 
     def _end_copies(self) -> None:
-        copies, self._copies = self._copies, []
+        places, self._places = self._places, []
+        copies = [place for place in places if isinstance(place, _Copy)]
         if copies:
             with ThreadPoolExecutor(len(copies)) as pool:
                 list(pool.map(lambda copy: copy.close(), copies))
@@ -174,13 +177,18 @@ class _Copy(RemoteSandbox):
 
     def __init__(self, original: E2BSandbox, machine: _Machine) -> None:
         super().__init__(original.imports, original.timeout, original.limits)
-        self._host = original._host
-        self._channel = machine
+        self._host, self._together = original._host, original._together
+        self._channel: Channel | None = machine
 
-    def attempt(self, code: str, seconds: float, together: Round) -> Outcome:
+    def release(self) -> Channel | None:
+        """The machine, for another session to go on with."""
+        channel, self._channel = self._channel, None
+        return channel
+
+    def attempt(self, code: str, seconds: float) -> Outcome:
         """Run one action. A machine that its code ended is an outcome too."""
         try:
-            return self._try([code], seconds, together, settle=True)[0]
+            return self._try([code], seconds, settle=True)[0]
         except CodeFailure as exc:
             return Outcome(error=exc.message.replace(LOST, KEPT), timed_out=exc.timed_out, ended=True)
 

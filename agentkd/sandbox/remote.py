@@ -75,6 +75,11 @@ class RemoteSandbox(PythonExecutor):
         self._channel: Channel | None = None
         self._unsent: list[dict[str, Any]] = []
         self._outcomes: list[Outcome] = []
+        self._several = False
+        """Whether there are or may be several candidates, with working directories of their own."""
+        self._running = 0
+        """Candidates that the supervisor holds."""
+        self._together = Round()
         self._spent = 0.0
 
     # What a backend is.
@@ -118,6 +123,7 @@ class RemoteSandbox(PythonExecutor):
     def __call__(self, code_action: str) -> CodeOutput:
         if self._outcomes:
             self.discard()
+        self._together, self._several = Round(), False
         outcome = self._attempt([code_action], self.timeout, settle=True)[0]
         self._uses += outcome.tool_uses
         if outcome.error is not None:
@@ -133,14 +139,18 @@ class RemoteSandbox(PythonExecutor):
 
     # Forking.
 
-    def try_each(self, codes: Sequence[str], timeout: float | None = None) -> list[Outcome]:
+    def try_each(
+        self, codes: Sequence[str], timeout: float | None = None, *, more: bool = False
+    ) -> list[Outcome]:
         """Run each code in a fork of the session, side by side. The session itself does not change.
 
-        Call :meth:`commit` or :meth:`discard` next.
+        Call :meth:`commit` or :meth:`discard` next, or this again with ``more``.
 
         Args:
             codes: the actions, at least one.
             timeout: seconds for each, instead of the session's.
+            more: these are tried beside others, earlier or later ones: what was tried with
+                ``more`` since the last commit or discard can still be chosen, and is counted on.
 
         Returns:
             One outcome for each, in the same order.
@@ -152,13 +162,16 @@ class RemoteSandbox(PythonExecutor):
         """
         if not codes:
             raise ValueError("no code to try")
-        if self._outcomes:
+        if self._outcomes and not (more and self._several):
             self.discard()
-        self._outcomes = self._attempt(list(codes), timeout or self.timeout)
-        return self._outcomes
+        if not self._outcomes:
+            self._together, self._several = Round(), more or len(codes) > 1
+        fresh = self._attempt(list(codes), timeout or self.timeout)
+        self._outcomes += fresh
+        return fresh
 
     def commit(self, index: int) -> None:
-        """Make a candidate's process the session; the others end.
+        """Make a candidate's process the session, counted from the first; the others end.
 
         Raises:
             ValueError: nothing was tried, or that candidate's process has ended.
@@ -180,7 +193,7 @@ class RemoteSandbox(PythonExecutor):
     def close(self) -> None:
         """End the session and everything in it."""
         channel, self._channel = self._channel, None
-        self._outcomes, self._unsent, self._spent = [], [], 0.0
+        self._outcomes, self._unsent, self._running, self._spent = [], [], 0, 0.0
         if channel is not None:
             channel.close()
 
@@ -239,6 +252,7 @@ class RemoteSandbox(PythonExecutor):
         raise SandboxError("The sandbox does not answer; the session's state is lost.", self._hint())
 
     def _keep(self, index: int | None) -> None:
+        self._running = 0
         reply = self._hear([{"keep": index}], GRACE_SECONDS)
         if reply.get("lost"):
             self.close()
@@ -250,7 +264,7 @@ class RemoteSandbox(PythonExecutor):
             used = f"The session's {self.limits.session_seconds:g} s are used up. {LOST}"
             raise CodeFailure(used, timed_out=True)
         try:
-            outcomes = self._try(codes, seconds, Round(), settle)
+            outcomes = self._try(codes, seconds, settle)
         except BaseException:
             self.close()
             raise
@@ -260,11 +274,12 @@ class RemoteSandbox(PythonExecutor):
         )
         return outcomes
 
-    def _try(self, codes: list[str], seconds: float, together: Round, settle: bool = False) -> list[Outcome]:
+    def _try(self, codes: list[str], seconds: float, settle: bool = False) -> list[Outcome]:
         """Run the codes; with ``settle`` the only one is kept as well."""
         self._open()
-        running = _Running(self._host, len(codes), together)
-        outgoing: list[dict[str, Any]] = [{"try": codes, "seconds": seconds, "settle": settle}]
+        running = _Running([self._host.caller(self._together) for _ in codes], self._running)
+        order = {"try": codes, "seconds": seconds, "copies": self._several, "settle": settle}
+        outgoing: list[dict[str, Any]] = [order]
         silent = time.monotonic()
         with ThreadPoolExecutor(len(codes)) as pool:
             while running.left or (settle and running.kept is None):
@@ -281,17 +296,24 @@ class RemoteSandbox(PythonExecutor):
                         )
         if running.kept is not None and running.kept.get("lost"):
             raise CodeFailure(f"The code ended its session. {LOST}")
+        self._running += 0 if settle else len(codes)
         return [outcome for outcome in running.outcomes if outcome is not None]
 
 
 class _Running:
-    """Candidates that run: their calls and outcomes."""
+    """Candidates that run: their calls and outcomes.
 
-    def __init__(self, host: ToolHost, count: int, together: Round) -> None:
-        self.outcomes: list[Outcome | None] = [None] * count
+    Args:
+        callers: what answers the calls of each.
+        first: number of the first of them.
+    """
+
+    def __init__(self, callers: list[Caller], first: int) -> None:
+        self.outcomes: list[Outcome | None] = [None] * len(callers)
         self.kept: dict[str, Any] | None = None
         """What became of the only candidate, where that was asked for."""
-        self._callers: list[Caller] = [host.caller(together) for _ in range(count)]
+        self._callers = callers
+        self._first = first
         self._began = time.monotonic()
 
     @property
@@ -305,6 +327,7 @@ class _Running:
         Raises:
             CodeFailure: they could not be started.
             AgentkdError: a tool failed on the host.
+            ValueError: that is no message of a candidate.
         """
         replies = []
         for message in messages:
@@ -315,8 +338,8 @@ class _Running:
             if "kept" in message:
                 self.kept = message
                 continue
-            number = message.get("candidate")
-            if type(number) is not int or not 0 <= number < len(self.outcomes) or self.outcomes[number]:
+            number = message["candidate"] - self._first
+            if not 0 <= number < len(self.outcomes) or self.outcomes[number]:
                 continue  # a word after the last
             said = message.get("message")
             if isinstance(said, dict) and "call" in said:
@@ -326,7 +349,7 @@ class _Running:
         answers = []
         for number, reply in replies:
             try:
-                answers.append({"reply": number, "message": reply.result()})
+                answers.append({"reply": self._first + number, "message": reply.result()})
             except (ValueError, RecursionError) as exc:
                 self.outcomes[number] = self._failed(
                     number, f"The code broke its interpreter ({exc}). {KEPT}"

@@ -168,6 +168,25 @@ def test_candidates(sandbox: RemoteSandbox) -> None:
         sandbox.commit(1)
 
 
+def test_candidates_in_several_batches(sandbox: RemoteSandbox) -> None:
+    double = sandbox._host.tools["double"]
+    sandbox("x = 1\nopen('kept', 'w').write('1')")
+    assert [one.value for one in sandbox.try_each(["x += double(1); x"], more=True)] == [3]
+    tried = sandbox.try_each(["x += double(1) + 1; x", "import os\nopen('own', 'w'); x = 9; x"], more=True)
+    assert [one.value for one in tried] == [4, 9]
+    assert double.calls == [1]
+    sandbox.commit(2)
+    assert sandbox("import os\n[x, sorted(os.listdir('.'))]").output == [9, ["kept", "own"]]
+    sandbox.try_each(["x = 1"], more=True)
+    sandbox.try_each(["x = 2"], more=True)
+    sandbox.commit(0)
+    assert sandbox("x").output == 1
+    sandbox.try_each(["x = 3"], more=True)
+    assert [one.value for one in sandbox.try_each(["x + 4"])] == [5]  # not more: the first is forgotten
+    sandbox.discard()
+    assert sandbox("x").output == 1
+
+
 def test_forged_messages_do_not_pass(sandbox: RemoteSandbox) -> None:
     sandbox("x = 1")
     forge = """
@@ -383,6 +402,21 @@ def test_where_copies_are_refused_processes_are_forked(clouds: Cloud, request: p
     assert len(clouds.machines) == 1
     assert "not in this plan" in session.fallback  # type: ignore[attr-defined]
     session.commit(1)
+    session.cleanup()
+
+
+def test_copies_refused_between_two_batches(clouds: Cloud, request: pytest.FixtureRequest) -> None:
+    session = start("e2b", request)
+    for chosen, value in ((0, 11), (1, 102)):
+        clouds.forks = True
+        session.candidates = "machine"  # type: ignore[attr-defined]
+        session("x = 10")
+        session.try_each(["x += 1"], more=True)
+        clouds.forks = False
+        session.try_each(["x += 92", "x += 93"], more=True)
+        session.commit(chosen)
+        assert session("x").output == value
+        assert len(clouds.machines) == 1
     session.cleanup()
 
 

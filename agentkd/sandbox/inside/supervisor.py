@@ -6,8 +6,9 @@ all but the winner, and ends when its input does. An action that is tried alone 
 is kept without another word. The boundary is what all this runs in; the processes that run the
 code still give up what rights they can.
 
-To it: ``{"order"}`` once, then ``{"set"}``, ``{"try", "seconds", "settle"}``, ``{"reply", "message"}``,
-``{"keep"}``. From it: ``{"ready"}``, ``{"candidate", "message" | "ended" | "timed_out"}``,
+To it: ``{"order"}`` once, then ``{"set"}``, ``{"try", "seconds", "copies", "settle"}``,
+``{"reply", "message"}``, ``{"keep"}``. From it: ``{"ready"}``,
+``{"candidate", "message" | "ended" | "timed_out"}``,
 ``{"full"}`` (the working directory cannot be copied), ``{"kept", "lost"}``, ``{"broken"}``.
 """
 
@@ -88,6 +89,8 @@ class Supervisor:
         self._tried: list[_Candidate] = []
         self._alone = False
         """Whether the one candidate is kept at once."""
+        self._copies = False
+        """Whether candidates have working directories of their own."""
         self._home = ""
 
     def serve(self) -> NoReturn:
@@ -139,7 +142,7 @@ class Supervisor:
         elif "set" in message:
             self._settings.append(message["set"])  # the process that they are for is stopped
         elif "try" in message:
-            self._alone = message["settle"]
+            self._alone, self._copies = message["settle"], message["copies"]
             self._try(message["try"], message["seconds"])
         elif "reply" in message:
             self._reply(self._tried[message["reply"]], message["message"])
@@ -175,10 +178,11 @@ class Supervisor:
     def _try(self, codes: list[str], seconds: float) -> None:
         assert self._state is not None
         pid, sock = self._state
-        count = len(codes)
+        count, first = len(codes), len(self._tried)
         seconds *= max(1.0, count / (os.cpu_count() or 1))
-        folders = [f"{self._home}-{index}" for index in range(count)] if count > 1 else [self._home]
-        if count > 1:
+        folders = [self._home]
+        if self._copies:
+            folders = [f"{self._home}-{index}" for index in range(first, first + count)]
             try:
                 for folder in folders:
                     _copy(self._home, folder)
@@ -199,8 +203,9 @@ class Supervisor:
             pids = reply["pids"]
             if len(pids) != count or any(parent(one) != pid for one in pids):
                 raise ValueError("it cannot fork")
-            self._tried = [_Candidate(one, ours, seconds) for one, (ours, _) in zip(pids, pairs)]  # noqa: B905  3.9
-            for tried, code in zip(self._tried, codes):  # noqa: B905
+            fresh = [_Candidate(one, ours, seconds) for one, (ours, _) in zip(pids, pairs)]  # noqa: B905  3.9
+            self._tried += fresh
+            for tried, code in zip(fresh, codes):  # noqa: B905
                 tried.sock.settimeout(ANSWER_SECONDS)
                 send(tried.sock, {"code": code})
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
@@ -264,7 +269,7 @@ class Supervisor:
             if sock is not state[1]:
                 sock.close()
         own = f"{self._home}-{index}"
-        if kept and alive and len(self._tried) > 1:
+        if kept and alive and self._copies:
             os.rename(self._home, f"{self._home}-old")
             os.rename(own, self._home)
         self._tidy()
