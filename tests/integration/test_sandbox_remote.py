@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 
 from agentkd.errors import ConfigError, ProviderError, SandboxError
-from agentkd.sandbox import CodeFailure, ForkingSandbox, docker, e2b, open_sandbox
+from agentkd.sandbox import CodeFailure, ForkingSandbox, docker, e2b, open_sandbox, remote
 from agentkd.sandbox.fork import Limits
+from agentkd.sandbox.inside.link import START, Link
 from agentkd.sandbox.machine import probe
-from agentkd.sandbox.remote import RemoteSandbox
+from agentkd.sandbox.remote import Channel, RemoteSandbox
 from tests.e2b_server import Cloud, cloud
 
 TESTS = Path(__file__).parents[1]
@@ -394,6 +395,18 @@ def test_candidates_are_copies_of_the_machine(clouds: Cloud, request: pytest.Fix
     assert not clouds.machines
 
 
+def test_the_cloud_copies_machines(request: pytest.FixtureRequest) -> None:
+    session = start("e2b cloud", request)
+    try:
+        session("x = 1")
+        assert [one.value for one in session.try_each(["x + 1", "x + 2"])] == [2, 3]
+        assert not session.fallback  # type: ignore[attr-defined]
+        session.commit(1)
+        assert session("x").output == 1
+    finally:
+        session.cleanup()
+
+
 def test_where_copies_are_refused_processes_are_forked(clouds: Cloud, request: pytest.FixtureRequest) -> None:
     clouds.forks = False
     session = start("e2b", request)
@@ -470,13 +483,20 @@ def test_no_key_and_no_cloud_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         session("1")
 
 
-def test_smolagents_own_executor_speaks_to_the_same_server(clouds: Cloud) -> None:
+@pytest.mark.parametrize("where", ["loopback", "cloud"])
+def test_smolagents_own_executor_speaks_the_same(where: str, request: pytest.FixtureRequest) -> None:
     from smolagents import FinalAnswerTool, LogLevel
     from smolagents.monitoring import AgentLogger
     from smolagents.remote_executors import E2BExecutor
     from smolagents.utils import AgentError
 
-    executor = E2BExecutor([], AgentLogger(level=LogLevel.OFF), debug=True, sandbox_url=clouds.url)
+    options: dict[str, Any] = {}
+    if where == "loopback":
+        options = {"debug": True, "sandbox_url": request.getfixturevalue("clouds").url}
+    elif not os.environ.get("E2B_API_KEY"):
+        pytest.skip("no key in E2B_API_KEY")
+    executor = E2BExecutor([], AgentLogger(level=LogLevel.OFF), **options)
+    request.addfinalizer(executor.sandbox.kill)
     executor.send_variables({"start": 2})
     assert executor("x = start + 3\nprint('hello')\nx").output == "5"
     assert "hello" in executor("print('hello')").logs
@@ -585,6 +605,34 @@ def test_the_backend_in_the_documentation_runs(tmp_path: Path) -> None:
     script.write_text(code)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("minor", range(9, 15))
+def test_the_python_inside_may_be_another(minor: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    python = shutil.which(f"python3.{minor}")
+    if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
+        pytest.skip(f"no python3.{minor}")
+    session = Beside(python, tmp_path)
+    request.addfinalizer(session.cleanup)
+    session("x = [n * n for n in range(4)]")
+    assert [one.value for one in session.try_each(["sum(x)", "x[-1] / 0"])] == [14, None]
+    session.commit(0)
+    assert session("import sys\nlist(sys.version_info[:2])").output == [3, minor]
+    assert str(session.about["version"]).startswith(f"3.{minor}.")
+
+
+class Beside(RemoteSandbox):
+    """A supervisor as a plain child process, in any Python."""
+
+    def __init__(self, python: str, scratch: Path) -> None:
+        super().__init__(IMPORTS)
+        self.python, self.scratch = python, scratch
+
+    def _connect(self) -> Channel:
+        return Link([self.python, "-s", "-B", "-c", START, str(Path(remote.__file__).parent)])
+
+    def _order(self) -> dict[str, Any]:
+        return {**super()._order(), "scratch": str(self.scratch)}
 
 
 def test_many_sessions_at_once(request: pytest.FixtureRequest) -> None:

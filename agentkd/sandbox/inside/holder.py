@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from . import landlock, seccomp
 from .kernel import die_with_parent, drop_capabilities, no_new_privileges
 from .language import Runner
-from .session import MOST_CANDIDATES, _reopen
+from .session import MOST_CANDIDATES, reopen
 from .wire import receive, receive_fds, send
 
 __all__ = ["MODULES", "Holder"]
@@ -129,7 +129,7 @@ class Holder:
                         _close(other)
                 self.sock = socket.socket(fileno=fd)
                 if folder != self.home:
-                    _reopen(self.home, folder)
+                    reopen(self.home, folder)
                     os.chdir(folder)
                 os.environ["TMPDIR"] = folder
                 if (tempfile := sys.modules.get("tempfile")) is not None:

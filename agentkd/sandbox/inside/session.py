@@ -41,7 +41,7 @@ from .kernel import (
 from .language import Runner
 from .wire import receive, receive_fds, send
 
-__all__ = ["Session"]
+__all__ = ["MOST_CANDIDATES", "SWEEPS", "Session", "copy_tree", "reopen"]
 
 PROCESS_CHURN = 30_000
 """Processes and threads of one action beyond which the session is ended."""
@@ -139,7 +139,7 @@ class Session:
         """Give candidates their own copies of the working directory, then let the state go on."""
         try:
             for index in directories:
-                _copy(self.home, f"{self.home}-{index}")
+                copy_tree(self.home, f"{self.home}-{index}")
         except OSError as exc:
             for index in directories:
                 shutil.rmtree(f"{self.home}-{index}", ignore_errors=True)
@@ -229,7 +229,7 @@ class Session:
         """Move into the candidate's own copy of the working directory, open files included."""
         path = self.home if directory is None else f"{self.home}-{directory}"
         if directory is not None:
-            _reopen(self.home, path)
+            reopen(self.home, path)
             os.chdir(path)
         os.environ["TMPDIR"] = path
         tempfile.tempdir = None
@@ -340,7 +340,7 @@ def _lives(pid: int) -> bool:
     return fd is not None
 
 
-def _copy(source: str, target: str) -> None:
+def copy_tree(source: str, target: str) -> None:
     """Copy a tree: files, folders and links; nothing that could block."""
     os.mkdir(target, 0o700)
     for entry in os.scandir(source):
@@ -348,12 +348,12 @@ def _copy(source: str, target: str) -> None:
         if entry.is_symlink():
             os.symlink(os.readlink(entry.path), to)
         elif entry.is_dir():
-            _copy(entry.path, to)
+            copy_tree(entry.path, to)
         elif entry.is_file():
             shutil.copyfile(entry.path, to, follow_symlinks=False)
 
 
-def _reopen(source: str, target: str) -> None:
+def reopen(source: str, target: str) -> None:
     """Open files are shared between forks, position included: open the copies instead."""
     found = {}
     for fd in range(3, 256):

@@ -29,7 +29,7 @@ from .holder import MODULES, Holder
 from .kernel import adopt_orphans, hide_memory
 from .link import Frames
 from .processes import descendants, parent, signal_to, status
-from .session import SWEEPS, _copy
+from .session import SWEEPS, copy_tree
 from .wire import encode, receive, send
 
 __all__ = ["main"]
@@ -185,7 +185,7 @@ class Supervisor:
             folders = [f"{self._home}-{index}" for index in range(first, first + count)]
             try:
                 for folder in folders:
-                    _copy(self._home, folder)
+                    copy_tree(self._home, folder)
                     _give(folder, self._home)
             except OSError as exc:
                 self._tidy()
