@@ -607,18 +607,22 @@ def test_the_backend_in_the_documentation_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("minor", range(9, 15))
-def test_the_python_inside_may_be_another(minor: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    python = shutil.which(f"python3.{minor}")
-    if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
-        pytest.skip(f"no python3.{minor}")
-    session = Beside(python, tmp_path)
-    request.addfinalizer(session.cleanup)
-    session("x = [n * n for n in range(4)]")
-    assert [one.value for one in session.try_each(["sum(x)", "x[-1] / 0"])] == [14, None]
-    session.commit(0)
-    assert session("import sys\nlist(sys.version_info[:2])").output == [3, minor]
-    assert str(session.about["version"]).startswith(f"3.{minor}.")
+def test_the_python_inside_may_be_another(tmp_path: Path) -> None:
+    tried = []
+    for minor in range(9, 15):
+        python = shutil.which(f"python3.{minor}")
+        if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
+            continue
+        session = Beside(python, tmp_path)
+        session("x = [n * n for n in range(4)]")
+        assert [one.value for one in session.try_each(["sum(x)", "x[-1] / 0"])] == [14, None]
+        session.commit(0)
+        assert session("import sys\nlist(sys.version_info[:2])").output == [3, minor]
+        assert str(session.about["version"]).startswith(f"3.{minor}.")
+        session.cleanup()
+        tried.append(minor)
+    if not tried:
+        pytest.skip("no python3.N on the PATH")
 
 
 class Beside(RemoteSandbox):
