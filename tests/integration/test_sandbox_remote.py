@@ -218,6 +218,21 @@ for data in ({first!r}, {second!r}):
         assert sandbox("1 + 1").output == 2
 
 
+@pytest.mark.parametrize("kind", ["docker stand-in", "e2b"])
+def test_too_much_time_or_memory(kind: str, request: pytest.FixtureRequest) -> None:
+    limits = Limits(cpu_seconds=1, memory_mb=512)
+    session = start(kind, request, timeout=20.0, limits=limits)
+    session("x = 1")
+    with pytest.raises(CodeFailure, match="MemoryError"):
+        session("y = bytearray(1 << 30)")
+    began = time.monotonic()
+    with pytest.raises(CodeFailure, match="too much processor time") as caught:
+        session("sum(range(10 ** 12))")
+    assert not caught.value.timed_out and time.monotonic() - began < 15
+    assert session("x").output == 1
+    session.cleanup()
+
+
 def test_output_and_values_are_capped(sandbox: RemoteSandbox) -> None:
     done = sandbox("print('a' * 300_000)\n'b' * 300_000")
     assert len(done.logs) < 60_000 and "output cut" in done.logs

@@ -11,7 +11,7 @@ import sys
 from typing import Any, NoReturn
 
 from . import landlock, seccomp
-from .kernel import die_with_parent, drop_capabilities, no_new_privileges
+from .kernel import die_with_parent, drop_capabilities, hide_memory, no_new_privileges
 from .language import Runner
 from .session import MOST_CANDIDATES, reopen
 from .wire import receive, receive_fds, send
@@ -86,10 +86,10 @@ class Holder:
         """Give up what rights can be given up. Only then the model's code runs."""
         import resource
 
-        own = (
-            {} if self.user is None else {"NPROC": self.order["processes"]}
-        )  # they count a user's, so it must be alone
-        for name, value in {**self.order["limits"], **own}.items():
+        limits = dict(self.order["limits"])
+        if self.user is not None:  # it counts the processes of a user, who must have no others
+            limits["NPROC"] = self.order["processes"]
+        for name, value in limits.items():
             number = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(number)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -103,6 +103,8 @@ class Holder:
         die_with_parent()
         if os.getppid() != self.parent:
             _exit(1)
+        if self.user is None:
+            hide_memory(False)  # or how a candidate ended is hidden from the supervisor too
         no_new_privileges()
         used = {"landlock": 0, "seccomp": False}
         hidden = ("proc", "sys", "dev", "run")

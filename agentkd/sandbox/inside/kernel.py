@@ -152,6 +152,6 @@ def adopt_orphans() -> None:
     _prctl(36, 1)
 
 
-def hide_memory() -> None:
+def hide_memory(hidden: bool = True) -> None:
     """Keep processes of the same user from reading or tracing this one."""
-    _prctl(4, 0)
+    _prctl(4, 0 if hidden else 1)

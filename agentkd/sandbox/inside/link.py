@@ -17,12 +17,13 @@ from typing import Any
 
 from .wire import MESSAGE_LIMIT, encode
 
-__all__ = ["START", "Frames", "Link"]
+__all__ = ["START", "WRAPPED_LIMIT", "Frames", "Link"]
 
 START = "import sys; sys.path[0] = sys.argv.pop(1); from inside.supervisor import main; main()"
 """Run by ``python -c`` with the folder that holds ``inside`` as its argument."""
-FRAME_LIMIT = MESSAGE_LIMIT + 4096
-"""Bytes of a message of a candidate, and what is wrapped around it."""
+WRAPPED_LIMIT = 6 * MESSAGE_LIMIT + 4096
+"""Bytes of a message of a candidate, as long as it can get when it is written anew, and what is
+wrapped around it."""
 CLOSE_SECONDS = 5.0
 _BLOCK = 1 << 16
 
@@ -34,7 +35,7 @@ class Frames:
         limit: bytes of one message.
     """
 
-    def __init__(self, limit: int = FRAME_LIMIT) -> None:
+    def __init__(self, limit: int = MESSAGE_LIMIT) -> None:
         self._limit = limit
         self._data = bytearray()
 
@@ -81,7 +82,7 @@ class Link:
         assert self.process.stdin is not None and self.process.stdout is not None
         self._to, self._from = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self._to, False)
-        self._frames = Frames()
+        self._frames = Frames(WRAPPED_LIMIT)
 
     def exchange(self, messages: Sequence[dict[str, Any]], wait: float) -> list[dict[str, Any]]:
         """Deliver messages, then wait until there is at least one: all that have come.
@@ -94,7 +95,7 @@ class Link:
             EOFError: the supervisor has ended.
             ValueError: what it sends is no message.
         """
-        data = b"".join(encode(message, FRAME_LIMIT) for message in messages)
+        data = b"".join(encode(message, WRAPPED_LIMIT) for message in messages)
         deadline = time.monotonic() + wait
         found: list[dict[str, Any]] = []
         while data or not found:

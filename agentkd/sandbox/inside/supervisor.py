@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from .holder import MODULES, Holder
 from .kernel import adopt_orphans, hide_memory
-from .link import Frames
+from .link import WRAPPED_LIMIT, Frames
 from .processes import descendants, parent, signal_to, status
 from .session import SWEEPS, copy_tree
 from .wire import encode, receive, send
@@ -82,7 +82,7 @@ class Supervisor:
     def __init__(self, source: int, sink: int) -> None:
         self._source, self._sink = source, sink
         os.set_blocking(sink, False)
-        self._frames = Frames()
+        self._frames = Frames(WRAPPED_LIMIT)
         self._out = bytearray()
         self._state: tuple[int, socket.socket] | None = None
         self._settings: list[dict[str, Any]] = []
@@ -134,7 +134,7 @@ class Supervisor:
         return bool(data)
 
     def _say(self, message: dict[str, Any]) -> None:
-        self._out += encode(message, 1 << 30)
+        self._out += encode(message, WRAPPED_LIMIT)
 
     def _command(self, message: dict[str, Any]) -> None:
         if "order" in message:
