@@ -3,6 +3,7 @@ ones where there is a daemon or a key."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -216,6 +217,74 @@ for data in ({first!r}, {second!r}):
     except CodeFailure as exc:  # stopped while it still wrote: what it wrote then is no fork
         assert "lost" in exc.message
         assert sandbox("1 + 1").output == 2
+
+
+HOSTILE = {
+    "its own machinery emptied": """
+import sys
+for name, module in list(sys.modules.items()):
+    if name.startswith("inside"):
+        module.__dict__.clear()
+""",
+    "builtins broken": """
+import builtins
+builtins.len = builtins.isinstance = builtins.open = None
+""",
+    "threads that eat messages": """
+import os, threading
+def eat(fd):
+    while True:
+        os.read(fd, 1)
+for fd in range(3, 32):
+    threading.Thread(target=eat, args=(fd,), daemon=True).start()
+""",
+    "descriptors swapped": """
+import os
+for fd in range(3, 32):
+    try:
+        os.dup2(0, fd)
+    except OSError:
+        pass
+""",
+    "a flood of calls": """
+import json, os
+call = json.dumps({"call": "double", "args": [1], "kwargs": {}}).encode()
+for fd in range(3, 32):
+    try:
+        os.write(fd, (len(call).to_bytes(4, "big") + call) * 1000)
+    except OSError:
+        pass
+""",
+    "signals": """
+import os
+for pid in (1, os.getppid(), -1):
+    try:
+        os.kill(pid, 9)
+    except OSError:
+        pass
+""",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("kind", ["docker stand-in", "e2b"])
+def test_hostile_state_costs_its_own_session_at_most(
+    kind: str, what: str, request: pytest.FixtureRequest
+) -> None:
+    session = start(kind, request, timeout=3.0)
+    session.send_tools({"double": Double()})
+    other = start(kind, request, timeout=3.0)
+    other("y = 5")
+    began = time.monotonic()
+    for code in (HOSTILE[what], "1 + 1", "1 + 1"):
+        with contextlib.suppress(CodeFailure):  # it is told of, whatever came of it
+            session(code)
+    assert time.monotonic() - began < 40
+    session.close()
+    assert session("1 + 1").output == 2
+    assert other("y").output == 5
+    session.cleanup()
+    other.cleanup()
 
 
 @pytest.mark.parametrize("kind", ["docker stand-in", "e2b"])
