@@ -126,6 +126,7 @@ class Cloud(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Cloud
 
     def do_POST(self) -> None:
