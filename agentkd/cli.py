@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agentkd.commands import doctor
 from agentkd.errors import AgentkdError, ConfigError
 
 if TYPE_CHECKING:
@@ -441,6 +442,9 @@ def _version(value: bool) -> None:
 
         print(f"agentkd {__version__}")
         raise typer.Exit
+
+
+doctor.register(app)
 
 
 @app.callback()

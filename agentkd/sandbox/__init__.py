@@ -153,6 +153,16 @@ def open_sandbox(
 
         choose()  # raises what is missing now, not in the first action
         return ForkSandbox(imports=imports, timeout=timeout)
+    if backend == "e2b":
+        from agentkd.sandbox import e2b
+
+        e2b.check()
+        return e2b.E2BSandbox(imports=imports, timeout=timeout)
+    if backend == "docker":
+        from agentkd.sandbox import docker
+
+        docker.check()
+        return docker.DockerSandbox(imports=imports, timeout=timeout)
     if backend == "local":
         from agentkd.sandbox.local import LocalSandbox
 

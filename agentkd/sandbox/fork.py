@@ -37,7 +37,7 @@ from agentkd.sandbox.inside.wire import OUTPUT_LIMIT, plain, receive, send
 from agentkd.sandbox.toolhost import Caller, Round, ToolHost, valid_value
 from agentkd.trajectory import ToolUse, valid_text
 
-__all__ = ["ForkSandbox", "Limits"]
+__all__ = ["ForkSandbox", "Limits", "checked"]
 
 START_SECONDS = 60.0
 ANSWER_SECONDS = 30.0
@@ -523,7 +523,7 @@ class ForkSandbox(PythonExecutor):
         began = time.monotonic()
         try:
             message, seconds = self._outcome(tried.sock, code, seconds, caller)
-            tried.outcome = _checked(message, caller, time.monotonic() - began)
+            tried.outcome = checked(message, caller, time.monotonic() - began)
             return
         except TimeoutError:
             error = f"The code took longer than {seconds:.3g} s and was stopped. {KEPT}"
@@ -586,7 +586,7 @@ class _Ended(Exception):
     """A candidate's socket was closed."""
 
 
-def _checked(message: dict[str, Any], caller: Caller, seconds: float) -> Outcome:
+def checked(message: dict[str, Any], caller: Caller, seconds: float) -> Outcome:
     """An outcome from what the sandbox sent, which may be anything."""
     error, printed, final = message.get("error"), message.get("printed", ""), message.get("final", False)
     well = (error is None or isinstance(error, str)) and isinstance(printed, str) and isinstance(final, bool)

@@ -17,8 +17,8 @@ FLOORS = {
     **dict.fromkeys(["prompt", "action", "agent", "agent_config", "sampler", "vote", "scorer", "rollout"], 2),
     **dict.fromkeys(["expert", "system"], 2),
     **dict.fromkeys(["collect", "filter", "distill", "serve", "evaluate", "report"], 3),
-    **dict.fromkeys(["recipe", "pipeline", "display"], 4),
-    "cli": 5,
+    **dict.fromkeys(["recipe", "pipeline", "display", "doctor"], 4),
+    **dict.fromkeys(["cli", "commands"], 5),
 }
 BESIDE = {"testing", "__init__", "__main__"}
 STAGE_PAIRS = {("report", "evaluate")}

@@ -20,11 +20,13 @@ __all__ = [
     "NAMESPACES",
     "NEW_NS",
     "NEW_USER",
+    "adopt_orphans",
     "clone",
     "collapse",
     "die_with_parent",
     "drop_bounding_set",
     "drop_capabilities",
+    "hide_memory",
     "mount",
     "no_new_privileges",
     "read_only",
@@ -151,3 +153,13 @@ def drop_capabilities() -> None:
     """Give up all capabilities. With no new privileges and no programs to run, none come back."""
     header = ctypes.create_string_buffer((0x20080522).to_bytes(4, "little") + bytes(4), 8)
     syscall(_CAPSET[platform.machine()], header, ctypes.create_string_buffer(24))
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends, so that none is lost sight of."""
+    _prctl(36, 1)
+
+
+def hide_memory(hidden: bool = True) -> None:
+    """Keep processes of the same user from reading or tracing this one."""
+    _prctl(4, 0 if hidden else 1)

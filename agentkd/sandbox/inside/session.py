@@ -47,7 +47,7 @@ from .kernel import (
 from .language import Runner
 from .wire import receive, receive_fds, send
 
-__all__ = ["Session"]
+__all__ = ["MOST_CANDIDATES", "SWEEPS", "Session", "copy_tree", "reopen"]
 
 PROCESS_CHURN = 30_000
 """Processes and threads of one action beyond which the session is ended."""
@@ -178,7 +178,7 @@ class Session:
         try:
             for index in directories:
                 self._remove(index)  # the code may have taken the name
-                _copy(self.home, f"{self.home}-{index}")
+                copy_tree(self.home, f"{self.home}-{index}")
         except (OSError, RecursionError) as exc:
             for index in directories:
                 self._remove(index)
@@ -281,7 +281,7 @@ class Session:
         """Move into the candidate's own copy of the working directory, open files included."""
         path = self.home if directory is None else f"{self.home}-{directory}"
         if directory is not None:
-            _reopen(self.home, path)
+            reopen(self.home, path)
             os.chdir(path)
         os.environ["TMPDIR"] = path
         tempfile.tempdir = None
@@ -430,7 +430,7 @@ def _remove(folder: str, name: str) -> None:
             os.rmdir(path)
 
 
-def _copy(source: str, target: str) -> None:
+def copy_tree(source: str, target: str) -> None:
     """Copy a tree: files, folders and links; nothing that could block."""
     os.mkdir(target, 0o700)
     for entry in os.scandir(source):
@@ -438,12 +438,12 @@ def _copy(source: str, target: str) -> None:
         if entry.is_symlink():
             os.symlink(os.readlink(entry.path), to)
         elif entry.is_dir():
-            _copy(entry.path, to)
+            copy_tree(entry.path, to)
         elif entry.is_file():
             shutil.copyfile(entry.path, to, follow_symlinks=False)
 
 
-def _reopen(source: str, target: str) -> None:
+def reopen(source: str, target: str) -> None:
     """Open files are shared between forks, position included: open the copies instead."""
     found = {}
     for fd in range(3, 256):

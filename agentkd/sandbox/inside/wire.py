@@ -28,14 +28,14 @@ _unpack = struct.Struct("!I").unpack
 _monotonic = time.monotonic
 
 
-def encode(message: dict[str, Any]) -> bytes:
+def encode(message: dict[str, Any], limit: int = MESSAGE_LIMIT) -> bytes:
     """A message as bytes.
 
     Raises:
         ValueError: longer than the limit, or not JSON.
     """
     data = _dumps(message).encode("ascii")
-    if len(data) > MESSAGE_LIMIT:
+    if len(data) > limit:
         raise ValueError(f"message of {len(data)} bytes")
     return _pack(len(data)) + data
 
