@@ -86,9 +86,7 @@ def _render_begun(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     if last["role"] != "assistant":
         raise DataError("The final message is not an assistant message.", "It cannot be continued.")
     if not before or not last["content"]:
-        raise DataError(
-            "There is nothing to continue.", "Send a question and the beginning of its answer."
-        )
+        raise DataError("There is nothing to continue.", "Send a question and the beginning of its answer.")
     opening, closed = _text(tokenizer, before, True), _text(tokenizer, messages, False)
     turn = closed[len(opening) :] if closed.startswith(opening) else ""
     # Some templates write something before the text of a turn (an empty block of thoughts, say).
@@ -103,7 +101,7 @@ def _render_begun(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     following = _encode(tokenizer, begun + ("a" if begun[-1].isspace() else " a"))
     if following[: len(ids)] != ids:
         raise DataError(
-            f"The final message ends inside a token: {begun[-12:]!r} is tokenised otherwise when a word follows.",
+            f"The final message ends inside a token: {begun[-12:]!r} is other tokens when a word follows.",
             "End it behind a word or a full stop, without white space.",
         )
     return render_prompt(tokenizer, before) + ids
