@@ -23,6 +23,9 @@ __all__ = ["Rendered", "end_of_turn_id", "render_prompt", "render_training"]
 
 Message = Mapping[str, str]
 
+_WORDS = ("a", "the", "I", "is", "so")
+"""Words that may follow a begun turn. Most vocabularies join them to a space before them."""
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -90,16 +93,16 @@ def _render_begun(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     opening, closed = _text(tokenizer, before, True), _text(tokenizer, messages, False)
     turn = closed[len(opening) :] if closed.startswith(opening) else ""
     # Some templates write something before the text of a turn (an empty block of thoughts, say).
-    at = turn.find(last["content"])
-    if at < 0:
+    at = 0 if turn.startswith(last["content"]) else turn.find(last["content"])
+    if at < 0 or (at > 0 and turn.count(last["content"]) > 1):
         raise DataError(
             "The chat template changes the text of the final message, so it would not be continued as sent.",
             "Leave out white space at its ends, or use a template that keeps the text.",
         )
     begun = turn[: at + len(last["content"])]
     ids = _encode(tokenizer, begun)
-    following = _encode(tokenizer, begun + ("a" if begun[-1].isspace() else " a"))
-    if following[: len(ids)] != ids:
+    apart = "" if begun[-1].isspace() else " "
+    if any(_encode(tokenizer, begun + apart + word)[: len(ids)] != ids for word in _WORDS):
         raise DataError(
             f"The final message ends inside a token: {begun[-12:]!r} is other tokens when a word follows.",
             "End it behind a word or a full stop, without white space.",
