@@ -100,8 +100,8 @@ def _cell(runs: Sequence[Trajectory]) -> dict[str, Any]:
 
 def _markdown(figures: dict[str, Any]) -> str:
     via = {
-        "prefill": "the endpoint continued the prefix token by token",
-        "instruction": "the endpoint cannot continue a message, so the prefix was put into the question",
+        "prefill": "the endpoint continued it",
+        "instruction": "the endpoint cannot continue a message, so it was put into the question",
     }[figures["via"]]
     dropped = ", ".join(f"{count} {reason}" for reason, count in figures["dropped"].items())
     lines = [
