@@ -103,11 +103,12 @@ def _markdown(figures: dict[str, Any]) -> str:
         "prefill": "the endpoint continued it",
         "instruction": "the endpoint cannot continue a message, so it was put into the question",
     }[figures["via"]]
+    tasks = figures["used"] + sum(figures["dropped"].values())
     dropped = ", ".join(f"{count} {reason}" for reason, count in figures["dropped"].items())
     lines = [
         "# The teacher with and without first thoughts",
         "",
-        f"Teacher: {figures['teacher']}. Prefixes were given for {figures['used']} tasks"
+        f"Teacher: {figures['teacher']}. Prefixes were given for {figures['used']} of {tasks} tasks"
         + (f" (dropped: {dropped})" if dropped else "")
         + f"; {via}.",
         "",
@@ -138,7 +139,7 @@ def _table(title: str, part: dict[str, Any], thought: dict[str, Any] | None) -> 
         *(_row(name, Cell.model_validate(cell)) for name, cell in rows),
         "",
         f"Difference in accuracy (with minus without): {_points(difference.mean)} points "
-        f"[{_points(difference.low)}, {_points(difference.high)}], {difference.n_pairs} tasks."
+        f"[{_points(difference.low)}, {_points(difference.high)}], n = {difference.n_pairs} tasks."
         if difference.n_pairs
         else "No task was finished by both.",
         "",

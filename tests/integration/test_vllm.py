@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import openai
 import pytest
 
 from agentkd.agent import build_agent
@@ -60,3 +61,9 @@ def test_a_first_thought_is_continued_token_for_token() -> None:
     assert list(step.prompt_token_ids or ()) == rendered
     assert tokenizer.decode(step.output_token_ids, skip_special_tokens=True).startswith(step.raw)
     assert step.output.startswith(prefix + step.raw[:10])
+    # And the same tokens, sent as tokens, go on in the same way.
+    with openai.OpenAI(base_url=URL, api_key="none") as client:
+        again = client.completions.create(
+            model=MODEL, prompt=rendered, max_tokens=24, temperature=0.0, seed=0, stop=["Observation:"]
+        )
+    assert again.choices[0].text == step.raw
