@@ -155,8 +155,8 @@ def _first_thoughts(
 ) -> FirstThoughts | None:
     if config.first_thought is None:
         return None
-    if not unfinished:
-        return load_first_thoughts(out)
+    if not unfinished and (known := load_first_thoughts(out)) is not None:
+        return known
 
     def run(
         tasks: Sequence[Task],

@@ -193,14 +193,19 @@ def load_first_thoughts(out: Path) -> FirstThoughts | None:
     path = out / FOLDER / "prefixes.jsonl"
     if not path.is_file():
         return None
-    how = Continuation.model_validate(read_json(path.with_name("endpoint.json")))
+    how = _read_way(path.with_name("endpoint.json"))
     return FirstThoughts({line.task: line for line in iter_jsonl(path, Prefix)}, how.via)
+
+
+def _read_way(path: Path) -> Continuation:
+    content = read_json(path)
+    with boundary(DataError, f"reading {path}", "Delete it to probe the endpoint again."):
+        return Continuation.model_validate(content)
 
 
 def _same_way(path: Path, how: Continuation) -> Continuation:
     if path.is_file():
-        with boundary(DataError, f"reading {path}", "Delete it to probe the endpoint again."):
-            before = Continuation.model_validate(read_json(path))
+        before = _read_way(path)
         if before.via != how.via:
             raise ConfigError(
                 f"The run began with first thoughts given by {before.via}; with this endpoint it would go on "

@@ -25,6 +25,7 @@ from agentkd.first_thought import (
 from agentkd.first_thought_report import compare_first_thoughts
 from agentkd.model import openai_model
 from agentkd.prompt import FIRST_THOUGHT, first_thought_request, joined, trajectory_messages
+from agentkd.recipe import Recipe, quickstart_recipe
 from agentkd.record import iter_jsonl, read_json, read_trajectories, write_jsonl
 from agentkd.rollout import rollout
 from agentkd.task import Task
@@ -451,3 +452,30 @@ def test_the_report_says_when_the_teacher_is_a_program(tasks: Path, tmp_path: Pa
             config(tasks, endpoint.url, labels={"teacher": EXPERT_LABEL}), tmp_path / "run"
         )
     assert "not a language model" in (tmp_path / "run" / "first-thought.md").read_text()
+
+
+def test_a_run_whose_thoughts_were_deleted_has_them_again(tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with FakeEndpoint(Teacher(), continues=True) as endpoint:
+        first = collect(config(tasks, endpoint.url), out)
+        (out / "first-thought" / "prefixes.jsonl").unlink()
+        again = collect(config(tasks, endpoint.url), out)
+    assert again.first_thoughts == first.first_thoughts
+    (out / "first-thought" / "endpoint.json").write_text('{"via": "magic"}')
+    with pytest.raises(DataError, match="endpoint.json"):
+        load_first_thoughts(out)
+
+
+def test_a_recipe_can_ask_for_first_thoughts(tmp_path: Path) -> None:
+    from agentkd.pipeline import _collect_config, _Data
+
+    recipe = quickstart_recipe("tiny")
+    wished = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"first_thought": True})})
+    data = _Data([TASK], [], tmp_path)
+
+    def chosen(recipe: Recipe, kind: Any) -> FirstThoughtConfig | None:
+        return _collect_config(recipe, data, kind, "http://127.0.0.1:9/v1", "m", {}).first_thought
+
+    assert chosen(wished, "agent") == FirstThoughtConfig()
+    assert chosen(wished, "cot") is None
+    assert chosen(recipe, "agent") is None
