@@ -462,7 +462,7 @@ def test_a_run_whose_thoughts_were_deleted_has_them_again(tasks: Path, tmp_path:
         again = collect(config(tasks, endpoint.url), out)
     assert again.first_thoughts == first.first_thoughts
     (out / "first-thought" / "endpoint.json").write_text('{"via": "magic"}')
-    with pytest.raises(DataError, match="endpoint.json"):
+    with pytest.raises(DataError, match=r"endpoint\.json"):
         load_first_thoughts(out)
 
 
