@@ -118,12 +118,25 @@ def _markdown(figures: dict[str, Any]) -> str:
     if figures["dropped"]:
         lines += _table("Only rollouts that were given a prefix", figures["with_prefix"], None)
     lines += [
+        *_cost(figures),
         "Intervals are 95% Wilson intervals; the difference is paired by task, with a bootstrap interval. "
-        "Rollouts that ended by an error of the machinery are not in n. The tokens of the chains of thought "
-        "are the price of the prefixes and come on top of those of the run with first thoughts.",
+        "Rollouts that ended by an error of the machinery are not in n.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _cost(figures: dict[str, Any]) -> list[str]:
+    """What the prefixes cost: their chains of thought come on top."""
+    cells = (figures["all"]["with"], figures["chain_of_thought"], figures["all"]["without"])
+    own, thought, plain = (cell["tokens_per_task"] for cell in cells)
+    if None in (own, thought, plain):
+        return []
+    return [
+        f"The chains of thought are the price of the prefixes: with them a task cost {own + thought:,.0f} tokens, "
+        f"without first thoughts {plain:,.0f}.",
+        "",
+    ]
 
 
 def _table(title: str, part: dict[str, Any], thought: dict[str, Any] | None) -> list[str]:
