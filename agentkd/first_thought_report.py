@@ -127,14 +127,14 @@ def _markdown(figures: dict[str, Any]) -> str:
 
 
 def _cost(figures: dict[str, Any]) -> list[str]:
-    """What the prefixes cost: their chains of thought come on top."""
-    cells = (figures["all"]["with"], figures["chain_of_thought"], figures["all"]["without"])
-    own, thought, plain = (cell["tokens_per_task"] for cell in cells)
-    if None in (own, thought, plain):
+    """What the prefixes cost: the chains of thought come on top, one for all samples of a task."""
+    given, thought, plain = figures["all"]["with"], figures["chain_of_thought"], figures["all"]["without"]
+    if not given["n"] or not thought["n"]:
         return []
+    whole = given["tokens_per_task"] + thought["tokens_per_task"] * thought["n"] / given["n"]
     return [
-        f"The chains of thought are the price of the prefixes: with them a task cost {own + thought:,.0f} tokens, "
-        f"without first thoughts {plain:,.0f}.",
+        f"The chains of thought are the price of the prefixes: with them a rollout cost {whole:,.0f} tokens, "
+        f"without first thoughts {plain['tokens_per_task']:,.0f}.",
         "",
     ]
 
@@ -147,7 +147,7 @@ def _table(title: str, part: dict[str, Any], thought: dict[str, Any] | None) -> 
     return [
         f"## {title}",
         "",
-        "| | n | correct | accuracy | 95% interval | steps a task | tokens a task | sampled tokens a task |",
+        "| | n | correct | accuracy | 95% interval | steps | tokens | of which sampled |",
         "|---|---|---|---|---|---|---|---|",
         *(_row(name, Cell.model_validate(cell)) for name, cell in rows),
         "",
