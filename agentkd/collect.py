@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -31,9 +31,6 @@ from agentkd.scorer import check_scorers
 from agentkd.task import Task
 from agentkd.taskset import load_taskset
 from agentkd.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from agentkd.agent import StepAgent
 
 __all__ = ["CollectConfig", "Collected", "collect"]
 
@@ -158,24 +155,19 @@ def _first_thoughts(
     if not unfinished and (known := load_first_thoughts(out)) is not None:
         return known
 
-    def run(
-        tasks: Sequence[Task],
-        make_agent: Callable[[Task, int], StepAgent],
-        log: Path,
-        settings: dict[str, Any],
-    ) -> None:
+    def run(tasks: Sequence[Task], agent: AgentConfig, log: Path) -> None:
         run_rollouts(
             tasks,
-            make_agent,
+            agent_factory(agent),
             log,
             workers=config.workers,
-            max_seconds=config.agent.max_seconds,
-            config=settings,
+            max_seconds=agent.max_seconds,
+            config=agent.model_dump(mode="json"),
             labels=config.labels,
             on_progress=on_progress,
         )
 
-    return collect_first_thoughts(tasks, config.agent, config.first_thought, out, run)
+    return collect_first_thoughts(tasks, [config.agent], config.first_thought, out, run)
 
 
 def _finished(log: Path) -> int:

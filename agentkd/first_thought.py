@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentkd import prompt as prompts
-from agentkd.agent_config import AgentConfig, agent_factory
+from agentkd.agent_config import AgentConfig
 from agentkd.errors import ConfigError, DataError, boundary
 from agentkd.model import openai_model, provider_error
 from agentkd.record import iter_jsonl, read_json, read_trajectories, write_json, write_jsonl
@@ -54,8 +54,8 @@ _PROBE = (
 )
 
 Make = Callable[[Task, int], "StepAgent"]
-Run = Callable[[Sequence[Task], Make, Path, dict[str, Any]], object]
-"""Runs the rollouts that a file does not have yet: (tasks, make_agent, file, settings to record)."""
+Run = Callable[[Sequence[Task], AgentConfig, Path], object]
+"""Runs the rollouts that a file does not have yet: (tasks, settings of the agents, file)."""
 
 
 class FirstThoughtConfig(BaseModel):
@@ -152,7 +152,7 @@ def cot_agent(agent: AgentConfig, config: FirstThoughtConfig) -> AgentConfig:
 
 
 def collect_first_thoughts(
-    tasks: Sequence[Task], agent: AgentConfig, config: FirstThoughtConfig, out: Path, run: Run
+    tasks: Sequence[Task], agents: Sequence[AgentConfig], config: FirstThoughtConfig, out: Path, run: Run
 ) -> FirstThoughts:
     """Have the chain of thought of every task, take the prefixes, and find out how to give them.
 
@@ -161,20 +161,21 @@ def collect_first_thoughts(
 
     Args:
         tasks: of the run.
-        agent: the agent that will be given the prefixes; its model thinks, too.
+        agents: those that will be given the prefixes, one for each endpoint; the first one's model
+            thinks. Where one endpoint cannot continue a message, all are asked by instruction.
         config: settings.
         out: the run's folder.
         run: runs the rollouts of the pass, see ``Run``.
 
     Raises:
-        ConfigError: the endpoint takes prefixes in another way than when the run began.
+        ConfigError: the endpoints take prefixes in another way than when the run began.
         DataError: no chain of thought gives a prefix.
-        ProviderError: the endpoint is dead or keeps failing; what is finished is kept.
+        ProviderError: an endpoint is dead or keeps failing; what is finished is kept.
     """
     folder = out / FOLDER
-    how = _same_way(folder / "endpoint.json", probe_continuation(agent))
-    settings = cot_agent(agent, config)
-    run(tasks, agent_factory(settings), folder / "trajectories.jsonl", settings.model_dump(mode="json"))
+    ways = [probe_continuation(agent) for agent in agents]
+    how = _same_way(folder / "endpoint.json", min(ways, key=lambda way: way.via))  # "instruction" comes first
+    run(tasks, cot_agent(agents[0], config), folder / "trajectories.jsonl")
     thoughts = {item.task.id: item for item in read_trajectories(folder / "trajectories.jsonl")}
     lines = [prefix_of(thoughts[task.id], config) for task in tasks if task.id in thoughts]
     write_jsonl(folder / "prefixes.jsonl", lines)

@@ -18,6 +18,7 @@ from agentkd.filter import filter_run
 from agentkd.first_thought import (
     FirstThoughtConfig,
     Prefix,
+    collect_first_thoughts,
     load_first_thoughts,
     prefix_of,
     probe_continuation,
@@ -479,3 +480,20 @@ def test_a_recipe_can_ask_for_first_thoughts(tmp_path: Path) -> None:
     assert chosen(wished, "agent") == FirstThoughtConfig()
     assert chosen(wished, "cot") is None
     assert chosen(recipe, "agent") is None
+
+
+def test_of_several_endpoints_the_one_that_can_least_decides(tmp_path: Path) -> None:
+    def run(tasks: Any, agent: AgentConfig, log: Path) -> None:
+        assert (agent.kind, agent.model, agent.prompt) == ("cot", "one", FIRST_THOUGHT)
+        write_jsonl(log, [thought("I need it.\n\nAnswer: 7")])
+
+    with (
+        FakeEndpoint(lambda messages: "x", continues=True) as able,
+        FakeEndpoint(lambda messages: "x") as other,
+    ):
+        one = AgentConfig(model="one", api_base=able.url)
+        two = AgentConfig(model="two", api_base=other.url)
+        both = collect_first_thoughts([TASK], [one, two], FirstThoughtConfig(), tmp_path / "both", run)
+        alone = collect_first_thoughts([TASK], [one], FirstThoughtConfig(), tmp_path / "alone", run)
+    assert (both.via, alone.via) == ("instruction", "prefill")
+    assert read_json(tmp_path / "both" / "first-thought" / "endpoint.json")["model"] == "two"
