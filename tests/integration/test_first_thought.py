@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -152,3 +153,18 @@ def test_killed_and_run_again_it_gives_the_same_set(tmp_path: Path, stage: str, 
     assert all(item.correct and item.steps[0].first_thought is not None for item in records)
     thoughts = read_trajectories(out / "first-thought" / "trajectories.jsonl")
     assert sorted(int(item.task.id) for item in thoughts) == list(range(10))
+
+
+def test_the_command_collects_compares_and_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = "collect --teacher expert --tasks gym:lcm+almanac:hops=2 --n 6 --sandbox local --first-thought --compare"
+    run = [sys.executable, "-m", "agentkd", *command.split(), "--json", "--out", str(out)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["first_thoughts"] == {"used": 6, "dropped": {}, "via": "prefill"}
+    for record in read_trajectories(out / "trajectories.jsonl"):
+        (first, *later) = record.steps
+        assert first.first_thought is not None
+        assert first.output.startswith("Thought: To answer this I need ")
+        assert first.code is not None
+        assert all(step.first_thought is None for step in later)
+    assert "not a language model" in (out / "first-thought.md").read_text()
