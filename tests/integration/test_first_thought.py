@@ -157,8 +157,9 @@ def test_killed_and_run_again_it_gives_the_same_set(tmp_path: Path, stage: str, 
 
 def test_the_command_collects_compares_and_says_so(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = "collect --teacher expert --tasks gym:lcm+almanac:hops=2 --n 6 --sandbox local --first-thought --compare"
-    run = [sys.executable, "-m", "agentkd", *command.split(), "--json", "--out", str(out)]
+    command = "collect --teacher expert --tasks gym:lcm+almanac:hops=2 --n 6 --sandbox local --json"
+    options = ["--first-thought", "--compare", "--out", str(out)]
+    run = [sys.executable, "-m", "agentkd", *command.split(), *options]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=True)
     assert json.loads(done.stdout)["first_thoughts"] == {"used": 6, "dropped": {}, "via": "prefill"}
     for record in read_trajectories(out / "trajectories.jsonl"):
