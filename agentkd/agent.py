@@ -22,13 +22,15 @@ from agentkd import prompt as prompts
 from agentkd.errors import ProviderError
 from agentkd.model import provider_error
 from agentkd.sandbox import CodeFailure, Sandbox, open_sandbox
-from agentkd.trajectory import Failure, Step, Usage, valid_text
+from agentkd.trajectory import Failure, FirstThought, Step, Usage, valid_text
 
 __all__ = ["Parsed", "RolloutTimeout", "StepAgent", "build_agent", "parse_action"]
 
 STOP_SEQUENCES = ("Observation:",)
 NO_CODE = 'No code block was found. Write "Thought:" and then one ```python block.'
 NO_ANSWER = 'No line "Answer: <answer>" was found.'
+CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
+"""What vLLM, and servers that follow it, take for: go on with the final message."""
 
 _BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n?[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
 
@@ -88,6 +90,7 @@ class StepAgent(CodeAgent):
         records: the steps of the current run.
         kind: "agent" acts in code; "cot" answers at once, by chain of thought.
         deadline: ``time.monotonic()`` at which the run ends, or None.
+        first_thought: what the first step of an agent begins with, or None.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class StepAgent(CodeAgent):
         self.force_answer = force_answer
         self.records: list[Step] = []
         self.deadline: float | None = None
+        self.first_thought: FirstThought | None = None
         super().__init__(tools=tools, model=model, **options)
 
     @property
@@ -113,21 +117,31 @@ class StepAgent(CodeAgent):
     def _messages(self) -> list[ChatMessage]:
         turns = [(step.output, step.observation) for step in self.records]
         chat = prompts.chat_messages(self.system_prompt, self.task, turns)
-        return [
-            ChatMessage(
-                role=MessageRole(message["role"]), content=[{"type": "text", "text": message["content"]}]
-            )
-            for message in chat
-        ]
+        return [_message(message["role"], message["content"]) for message in chat]
+
+    @property
+    def _given(self) -> FirstThought | None:
+        """What the step that comes next begins with, where that is given."""
+        return self.first_thought if self.kind == "agent" and not self.records else None
+
+    def _request(self) -> tuple[list[ChatMessage], dict[str, Any]]:
+        """What the model is asked at this step, and the options of that call."""
+        given, messages = self._given, self._messages()
+        if given is None:
+            return messages, {}
+        if given.via == "prefill":
+            return [*messages, _message("assistant", given.prefix)], {"extra_body": CONTINUE}
+        request = prompts.first_thought_request(self.task, given.prefix)
+        return [*messages[:-1], _message("user", request)], {}
 
     def _step_stream(self, memory_step: ActionStep) -> Generator[ToolCall | ActionOutput]:
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise RolloutTimeout
-        messages = self._messages()
+        messages, options = self._request()
         memory_step.model_input_messages = messages
         began = time.monotonic()
         try:
-            answer = self.model.generate(messages, stop_sequences=list(STOP_SEQUENCES))
+            answer = self.model.generate(messages, stop_sequences=list(STOP_SEQUENCES), **options)
         except Exception as exc:
             raise provider_error(exc) from exc
         if not isinstance(answer.content, str):
@@ -149,6 +163,7 @@ class StepAgent(CodeAgent):
             actor=str(getattr(self.model, "model_id", None) or type(self.model).__name__),
             raw=raw,
             output=raw.strip(),
+            first_thought=self._given,
             usage=Usage(input_tokens=used.input_tokens, output_tokens=used.output_tokens)
             if used
             else Usage(),
@@ -176,7 +191,7 @@ class StepAgent(CodeAgent):
 
     def _act(self, memory_step: ActionStep, step: Step) -> Generator[ToolCall | ActionOutput]:
         """Parse the action, run it, and record what came of it."""
-        parsed = parse_action(step.raw)
+        parsed = parse_action(_whole(step))
         memory_step.model_output = parsed.output
         step = step.model_copy(
             update={
@@ -235,12 +250,24 @@ class StepAgent(CodeAgent):
         ask = "No steps are left. Reply with the bare answer only."
         messages = [
             *self._messages(),
-            ChatMessage(role=MessageRole.USER, content=[{"type": "text", "text": ask}]),
+            _message("user", ask),
         ]
         try:
             return self.model.generate(messages)
         except Exception as exc:
             raise provider_error(exc) from exc
+
+
+def _message(role: str, text: str) -> ChatMessage:
+    return ChatMessage(role=MessageRole(role), content=[{"type": "text", "text": text}])
+
+
+def _whole(step: Step) -> str:
+    """The text of a step, what it was given included."""
+    given = step.first_thought
+    if given is None:
+        return step.raw
+    return given.prefix + step.raw if given.via == "prefill" else prompts.joined(given.prefix, step.raw)
 
 
 def _raw_choice(answer: ChatMessage) -> tuple[Any, Any]:

@@ -110,19 +110,24 @@ def _progress_bar() -> Any:
 
 
 @contextmanager
-def _rollout_progress(what: str, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """A live line: done, correct, errors, time left."""
+def _rollout_progress(quiet: bool, *stages: str) -> Iterator[list[Callable[[Progress], None] | None]]:
+    """A live line for each stage, from when it begins: done, correct, errors, time left."""
     if quiet:
-        yield None
+        yield [None] * len(stages)
         return
     with _progress_bar() as bar:
-        task = bar.add_task(what, total=None, note="")
 
-        def show(progress: Any) -> None:
-            note = f"{progress.correct} correct" + (f", {progress.errors} errors" if progress.errors else "")
-            bar.update(task, completed=progress.done, total=progress.total, note=note)
+        def shown(stage: str) -> Callable[[Progress], None]:
+            task = bar.add_task(stage, total=None, note="", visible=False)
 
-        yield show
+            def show(progress: Any) -> None:
+                errors = f", {progress.errors} errors" if progress.errors else ""
+                note = f"{progress.correct} correct{errors}"
+                bar.update(task, completed=progress.done, total=progress.total, note=note, visible=True)
+
+            return show
+
+        yield [shown(stage) for stage in stages]
 
 
 @contextmanager
@@ -152,7 +157,8 @@ def _teacher(
     epilog="Examples:\n\n"
     "`agentkd collect --teacher expert --tasks gym:products,lcm --n 40 --out runs/maths`\n\n"
     "`agentkd collect --api-base http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-32B-Instruct "
-    "--tasks tasks.jsonl --corpus passages.jsonl --out runs/mine`"
+    "--tasks tasks.jsonl --corpus passages.jsonl --out runs/mine`\n\n"
+    "`agentkd collect --teacher expert --tasks gym:lcm --n 40 --first-thought --compare --out runs/thoughts`"
 )
 def collect(
     tasks: Annotated[
@@ -177,6 +183,20 @@ def collect(
     ] = "agent",
     sandbox: Sandbox = "fork",
     corpus: Annotated[Path | None, typer.Option(help="Passages (JSONL) for the search tool.")] = None,
+    first_thought: Annotated[
+        bool,
+        typer.Option(
+            "--first-thought",
+            help="Let the teacher think in plain words first, and begin its first step with that thought.",
+        ),
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="With --first-thought: collect without, too, and report both in first-thought.md.",
+        ),
+    ] = False,
     samples: Annotated[int, typer.Option(min=1, help="Rollouts of each task.")] = 1,
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Sampled tokens of one step.")] = 1024,
@@ -190,6 +210,7 @@ def collect(
     from agentkd.agent_config import AgentConfig
     from agentkd.collect import CollectConfig
     from agentkd.collect import collect as run
+    from agentkd.first_thought import FirstThoughtConfig
 
     _announce(sandbox if kind == "agent" else None)
     with _teacher(api_base, model, teacher, error_rate, seed) as (url, model_id, labels):
@@ -209,24 +230,36 @@ def collect(
                 sandbox=sandbox,
                 timeout=timeout,
             ),
+            first_thought=FirstThoughtConfig() if first_thought else None,
             corpus=corpus,
             samples=samples,
             workers=workers,
             labels=labels,
         )
-        with _rollout_progress("collect", as_json) as show:
-            done = run(config, out, show)
+        with _rollout_progress(as_json, "first thoughts", "collect", "without") as [thoughts, show, plain]:
+            if compare:
+                from agentkd.first_thought_report import compare_first_thoughts
+
+                done = compare_first_thoughts(config, out, show, thoughts, plain)
+            else:
+                done = run(config, out, show, thoughts)
     correct = sum(item.correct for item in done.trajectories)
-    figures = {
+    figures: dict[str, Any] = {
         "out": str(out),
         "finished": len(done.trajectories),
         "correct": correct,
         "missing": done.missing,
     }
+    if done.first_thoughts is not None:
+        figures["first_thoughts"] = done.first_thoughts.counts()
     if as_json:
         _print_json(figures)
     else:
         print(f"{len(done.trajectories)} trajectories, {correct} correct, in {out / 'trajectories.jsonl'}")
+        if done.first_thoughts is not None:
+            print(done.first_thoughts.summary())
+        if compare:
+            print(f"With and without first thoughts: {out / 'first-thought.md'}")
         if done.missing:
             print(
                 f"{done.missing} rollouts ended by errors (see {out / 'errors.jsonl'}); run again to retry."
@@ -348,7 +381,7 @@ def evaluate(
     from agentkd.pipeline import evaluate_command
 
     _announce(sandbox)
-    with _rollout_progress("evaluate", as_json) as show:
+    with _rollout_progress(as_json, "evaluate") as [show]:
         result, table = evaluate_command(
             student=student,
             tasks=tasks,

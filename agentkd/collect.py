@@ -3,7 +3,8 @@
 A run is a folder: ``tasks.jsonl``, ``passages.jsonl`` where there is a corpus,
 ``trajectories.jsonl`` (append-only, finished rollouts), ``errors.jsonl`` (rollouts whose last
 try ended by an error) and ``manifest.json``, which closes it. A run that was stopped goes on
-where it stopped.
+where it stopped. With first thoughts there is a folder ``first-thought/`` in it, see
+:mod:`agentkd.first_thought`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agentkd.agent_config import AgentConfig, agent_factory, search_tools
 from agentkd.errors import ConfigError, DataError
+from agentkd.first_thought import (
+    FirstThoughtConfig,
+    FirstThoughts,
+    collect_first_thoughts,
+    load_first_thoughts,
+)
 from agentkd.model import check_endpoint
 from agentkd.record import iter_jsonl, load_tasks, read_json, write_json, write_jsonl, write_manifest
 from agentkd.retrieval import Passage
@@ -40,6 +47,8 @@ class CollectConfig(BaseModel):
     """Tasks; all of a finite set by default."""
     seed: int = 0
     agent: AgentConfig = AgentConfig()
+    first_thought: FirstThoughtConfig | None = None
+    """Begin each agent's first step with the first thought of a chain of thought; None: do not."""
     corpus: Path | None = None
     """JSON Lines of {"id", "title", "text"} for the search tool; the taskset's own by default."""
     samples: int = Field(default=1, ge=1)
@@ -56,6 +65,7 @@ class Collected(NamedTuple):
     folder: Path
     trajectories: list[Trajectory]
     wanted: int
+    first_thoughts: FirstThoughts | None = None
 
     @property
     def missing(self) -> int:
@@ -64,9 +74,18 @@ class Collected(NamedTuple):
 
 
 def collect(
-    config: CollectConfig, out: Path, on_progress: Callable[[Progress], None] | None = None
+    config: CollectConfig,
+    out: Path,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_first_thought: Callable[[Progress], None] | None = None,
 ) -> Collected:
     """Collect trajectories into the folder ``out``; goes on where an earlier run stopped.
+
+    Args:
+        config: settings.
+        out: the run's folder.
+        on_progress: told of each rollout.
+        on_first_thought: told of each chain of thought that first thoughts are taken from.
 
     Raises:
         ConfigError: a setting is wrong, or ``out`` holds a run of other tasks.
@@ -80,6 +99,10 @@ def collect(
         from agentkd.sandbox import open_sandbox
 
         open_sandbox(config.agent.sandbox)  # raises what is missing before anything is written
+    elif config.first_thought is not None:
+        raise ConfigError(
+            "A chain of thought has no first step to begin.", "Use first thoughts with --kind agent."
+        )
     tasks, passages = _inputs(config, out)
     log = out / "trajectories.jsonl"
     wanted = len(tasks) * config.samples
@@ -88,9 +111,15 @@ def collect(
     if _finished(log) < wanted:
         check_endpoint(config.agent.api_base, config.agent.model, config.agent.api_key)
     _begin(config, out, tasks, passages)  # only now: a mistake above must not bind the folder to it
+    make_agent = agent_factory(config.agent, tools)
+    thoughts = _first_thoughts(config, tasks, out, _finished(log) < wanted, on_first_thought)
+    if thoughts is not None:
+        make_agent = thoughts.give(make_agent)
+        # A task whose chain of thought ended by an error waits for the next start.
+        tasks = [task for task in tasks if task.id in thoughts.lines]
     trajectories = run_rollouts(
         tasks,
-        agent_factory(config.agent, tools),
+        make_agent,
         log,
         workers=config.workers,
         samples=config.samples,
@@ -100,7 +129,9 @@ def collect(
         on_progress=on_progress,
     )
     correct = sum(trajectory.correct for trajectory in trajectories)
-    counts = {"wanted": wanted, "finished": len(trajectories), "correct": correct}
+    counts: dict[str, Any] = {"wanted": wanted, "finished": len(trajectories), "correct": correct}
+    if thoughts is not None:
+        counts["first_thoughts"] = thoughts.counts()
     write_manifest(
         out,
         stage="collect",
@@ -109,7 +140,34 @@ def collect(
         inputs=[out / "tasks.jsonl"],
         outputs=[log],
     )
-    return Collected(out, trajectories, wanted)
+    return Collected(out, trajectories, wanted, thoughts)
+
+
+def _first_thoughts(
+    config: CollectConfig,
+    tasks: Sequence[Task],
+    out: Path,
+    unfinished: bool,
+    on_progress: Callable[[Progress], None] | None,
+) -> FirstThoughts | None:
+    if config.first_thought is None:
+        return None
+    if not unfinished and (known := load_first_thoughts(out)) is not None:
+        return known
+
+    def run(tasks: Sequence[Task], agent: AgentConfig, log: Path) -> None:
+        run_rollouts(
+            tasks,
+            agent_factory(agent),
+            log,
+            workers=config.workers,
+            max_seconds=agent.max_seconds,
+            config=agent.model_dump(mode="json"),
+            labels=config.labels,
+            on_progress=on_progress,
+        )
+
+    return collect_first_thoughts(tasks, [config.agent], config.first_thought, out, run)
 
 
 def _finished(log: Path) -> int:
@@ -172,6 +230,8 @@ def _same_agent(out: Path, config: CollectConfig) -> None:
         changed = sorted(
             key for key in settings["agent"] if theirs["agent"].get(key) != settings["agent"][key]
         )
+        if theirs.get("first_thought") != settings["first_thought"]:
+            changed.append("first_thought")
         if changed:
             raise ConfigError(
                 f"{out} was begun with other settings of the agent ({', '.join(changed)}).",

@@ -32,11 +32,11 @@ def openai_model(
             with exponential backoff. smolagents' own retries are off, so they do not multiply.
         sampling: ``temperature``, ``max_tokens``, ``top_p``, ``extra_body``, ...
     """
-    from smolagents import OpenAIModel
-
     if not api_base.startswith(("http://", "https://")):
         raise ConfigError(f"{api_base!r} is not a URL.", "Give something like http://127.0.0.1:8000/v1.")
-    return OpenAIModel(
+    from agentkd.endpoint import EndpointModel
+
+    return EndpointModel(
         model_id=model_id,
         api_base=api_base,
         api_key=api_key or "none",

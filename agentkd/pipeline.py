@@ -29,6 +29,7 @@ from agentkd.collect import CollectConfig, collect
 from agentkd.errors import ConfigError
 from agentkd.evaluate import SystemResult, comparison_table, contamination, paired_difference, run_evaluation
 from agentkd.filter import Filtered, filter_run
+from agentkd.first_thought import FirstThoughtConfig
 from agentkd.recipe import Recipe, StudentRecipe, TaskMix, load_recipe, quickstart_recipe
 from agentkd.record import (
     iter_jsonl,
@@ -191,7 +192,7 @@ def _teach(recipe: Recipe, out: Path, train: _Data, show: Display) -> dict[str, 
         for kind in kinds:
             show.stage(f"collect ({kind})")
             config = _collect_config(recipe, train, kind, url, model, labels)
-            done = collect(config, out / f"collect-{kind}", show.rollouts)
+            done = collect(config, out / f"collect-{kind}", show.rollouts, show.rollouts)
             show.done(
                 f"{len(done.trajectories)} trajectories, {sum(t.correct for t in done.trajectories)} correct"
             )
@@ -219,6 +220,7 @@ def _collect_config(
             sandbox=recipe.sandbox,
             search_k=recipe.search_k,
         ),
+        first_thought=FirstThoughtConfig() if teacher.first_thought and kind == "agent" else None,
         workers=teacher.workers,
         labels=labels,
     )

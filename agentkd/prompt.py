@@ -20,11 +20,15 @@ __all__ = [
     "COT_TEACHER",
     "FENCE_CLOSE",
     "FENCE_OPEN",
+    "FIRST_THOUGHT",
     "STUDENT",
     "TEACHER",
     "action_text",
     "answer_from_cot",
     "chat_messages",
+    "first_thought_request",
+    "first_thought_text",
+    "joined",
     "observation_text",
     "system_prompt",
     "trajectory_messages",
@@ -70,6 +74,11 @@ Answer the question. Think step by step, then write the last line as "Answer: <a
 COT_TEACHER = """\
 Answer the question. Think step by step in plain text, without code, and then give the bare \
 answer (a number, a name or a date) on a last line of its own, as "Answer: <answer>"."""
+
+FIRST_THOUGHT = """\
+Answer the question. Think step by step in plain text, without code, in short paragraphs with a \
+blank line between them; the first one says what is asked for and how to go about it. Then give \
+the bare answer (a number, a name or a date) on a last line of its own, as "Answer: <answer>"."""
 
 _COT_ANSWER = re.compile(r"^\s*\**(?:final )?answer\**\s*[:=]\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
 
@@ -166,3 +175,33 @@ def answer_from_cot(text: str) -> str | None:
     """The answer on the last "Answer:" line of a chain of thought, or None."""
     found = _COT_ANSWER.findall(text)
     return found[-1].strip().strip("*").rstrip(".") if found else None
+
+
+def first_thought_text(prefix: str) -> str:
+    """How a step begins whose thought begins with ``prefix``."""
+    return f"Thought: {prefix}"
+
+
+def first_thought_request(question: str, begun: str) -> str:
+    """The question, with the wish that the first step goes on from ``begun``."""
+    return (
+        f"{question}\n\nYour first step begins with the text below. Go on from where it ends and "
+        f"do not repeat it.\n\n{begun}"
+    )
+
+
+def joined(begun: str, emitted: str) -> str:
+    """A step from its given beginning and what a model wrote that was only asked to go on from it.
+
+    A model may repeat the beginning, with or without its "Thought:", or begin its thought anew.
+    """
+    text = emitted.strip()
+    for repeated in (begun, begun.removeprefix("Thought: ")):
+        if text.startswith(repeated):
+            text = text[len(repeated) :]
+            break
+    text = re.sub(r"^\s*Thought:\s*", "", text)
+    if text.lstrip().startswith("```"):
+        return f"{begun}\n{text.lstrip()}"
+    apart = "" if not text or text[0].isspace() or text[0] in ",.;:!?)" else " "
+    return begun + apart + text

@@ -47,6 +47,8 @@ class TeacherRecipe(_Part):
     max_tokens: int = Field(default=1024, ge=1)
     """Sampled tokens of one step."""
     workers: int = Field(default=16, ge=1)
+    first_thought: bool = False
+    """Begin the agent's first step with the first thought of a chain of thought."""
 
     @property
     def api_key(self) -> str | None:

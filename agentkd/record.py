@@ -35,6 +35,7 @@ __all__ = [
     "write_json",
     "write_jsonl",
     "write_manifest",
+    "write_text",
 ]
 
 R = TypeVar("R", bound=BaseModel)
@@ -127,10 +128,15 @@ def write_jsonl(path: Path, records: Iterable[BaseModel]) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON document atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
     with boundary(StorageError, f"writing {path}", _WRITE_HINT):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 
 

@@ -59,13 +59,22 @@ class FakeEndpoint:
 
     Args:
         reply: from the messages of a request to a text, or to ``(status, body)`` for a fault.
+        continues: honour ``continue_final_message``, as vLLM does: a final message that is continued
+            counts one token less than one that is closed. Else that field is ignored, as other
+            servers do.
 
     Attributes:
         url: ends in ``/v1``.
         requests: the bodies it received.
     """
 
-    def __init__(self, reply: Callable[[list[dict[str, Any]]], Reply], model_id: str = "fake") -> None:
+    def __init__(
+        self,
+        reply: Callable[[list[dict[str, Any]]], Reply],
+        model_id: str = "fake",
+        *,
+        continues: bool = False,
+    ) -> None:
         self.requests: list[dict[str, Any]] = []
         endpoint = self
 
@@ -77,7 +86,9 @@ class FakeEndpoint:
                 endpoint.requests.append(body)
                 answer = reply(body["messages"])
                 if isinstance(answer, str):
-                    self._send(200, json.dumps(_completion(answer, body, model_id)).encode())
+                    open_turn = continues and body.get("continue_final_message") is True
+                    content = _completion(answer, body, model_id, int(open_turn))
+                    self._send(200, json.dumps(content).encode())
                 else:
                     self._send(*answer)
 
@@ -110,10 +121,10 @@ class FakeEndpoint:
         self._thread.join()
 
 
-def _completion(text: str, body: dict[str, Any], model_id: str) -> dict[str, Any]:
+def _completion(text: str, body: dict[str, Any], model_id: str, open_turns: int) -> dict[str, Any]:
     n = body.get("n") or 1
     choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    words = sum(len(str(message["content"]).split()) for message in body["messages"])
+    words = sum(len(str(message["content"]).split()) + 1 for message in body["messages"]) - open_turns
     return {
         "id": "chatcmpl-fake",
         "object": "chat.completion",

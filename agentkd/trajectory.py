@@ -17,6 +17,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Candidate",
     "Failure",
+    "FirstThought",
     "Score",
     "Step",
     "StopReason",
@@ -147,6 +148,16 @@ class Candidate(_Record):
     output_token_ids: tuple[int, ...] | None = None
 
 
+class FirstThought(_Record):
+    """The beginning of a step that the model was given (first-thought prefix, arXiv 2505.17612)."""
+
+    prefix: str
+    """The beginning of ``Step.output``, verbatim, with its "Thought:"; the rest is the model's own."""
+    via: Literal["prefill", "instruction"]
+    """"prefill": the server continued exactly these tokens. "instruction": the model was asked to go
+    on from these words, and what it wrote was joined to them."""
+
+
 class Step(_Record):
     """Thought, action, observation: one turn of the model and what came of it."""
 
@@ -155,11 +166,13 @@ class Step(_Record):
     actor: str
     """Who acted: the model's id."""
     raw: str
-    """The text as the model emitted it."""
+    """The text as the model emitted it; without what it was given, see ``first_thought``."""
     output: str
-    """The text that stands in the conversation (``raw`` after ``repairs``)."""
+    """The text that stands in the conversation (``raw`` after ``repairs``, behind what was given)."""
     repairs: tuple[str, ...] = ()
     """What was mended between ``raw`` and ``output``, by name."""
+    first_thought: FirstThought | None = None
+    """What ``output`` begins with that was given to the model; only ever at the first step."""
     thought: str = ""
     code: str | None = None
     observation: str | None = None
@@ -180,6 +193,11 @@ class Step(_Record):
     """Wall-clock seconds spent waiting for the model."""
     code_seconds: float = 0.0
     """Wall-clock seconds spent running the code."""
+
+    @property
+    def continuation(self) -> str:
+        """What of ``output`` is the model's own: all of it but a given beginning."""
+        return self.output[len(self.first_thought.prefix) :] if self.first_thought else self.output
 
 
 class Trajectory(_Record):

@@ -23,6 +23,9 @@ __all__ = ["Rendered", "end_of_turn_id", "render_prompt", "render_training"]
 
 Message = Mapping[str, str]
 
+_WORDS = ("a", "the", "I", "is", "so")
+"""Words that may follow a begun turn. Most vocabularies join them to a space before them."""
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -61,25 +64,50 @@ def render_prompt(
         messages: ``{"role", "content"}``, content as plain text.
         add_generation_prompt: end with the opening of an assistant turn.
         continue_final_message: the last message is the beginning of an assistant turn that the
-            model goes on writing; ``add_generation_prompt`` is then ignored.
+            model goes on writing; ``add_generation_prompt`` is then ignored. The ids end with that
+            text's own, and are a prefix of the training ids of a turn that goes on with a new word.
 
     Raises:
         ConfigError: no chat template, or the template refuses the messages.
-        DataError: no messages, or nothing to continue.
+        DataError: no messages, or a final message that cannot be continued token by token: not an
+            assistant's, empty, rewritten by the template, or ending inside a token.
     """
     if not messages:
         raise DataError("There are no messages to render.", "Send at least one message.")
     if continue_final_message:
-        last = messages[-1]
-        if last["role"] != "assistant":
-            raise DataError("The final message is not an assistant message.", "It cannot be continued.")
-        opening = render_prompt(tokenizer, messages[:-1]) if len(messages) > 1 else []
-        return opening + _encode(tokenizer, last["content"])
+        return _render_begun(tokenizer, messages)
     try:
         pieces = _pieces(tokenizer, messages, add_generation_prompt)
     except _RewritesError:
         return _encode(tokenizer, _text(tokenizer, messages, add_generation_prompt))
     return [token for piece in pieces for token in _encode(tokenizer, piece.text)]
+
+
+def _render_begun(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The conversation up to the last character of the final message, which is to be continued."""
+    before, last = messages[:-1], messages[-1]
+    if last["role"] != "assistant":
+        raise DataError("The final message is not an assistant message.", "It cannot be continued.")
+    if not before or not last["content"]:
+        raise DataError("There is nothing to continue.", "Send a question and the beginning of its answer.")
+    opening, closed = _text(tokenizer, before, True), _text(tokenizer, messages, False)
+    turn = closed[len(opening) :] if closed.startswith(opening) else ""
+    # Some templates write something before the text of a turn (an empty block of thoughts, say).
+    at = 0 if turn.startswith(last["content"]) else turn.find(last["content"])
+    if at < 0 or (at > 0 and turn.count(last["content"]) > 1):
+        raise DataError(
+            "The chat template changes the text of the final message, so it would not be continued as sent.",
+            "Leave out white space at its ends, or use a template that keeps the text.",
+        )
+    begun = turn[: at + len(last["content"])]
+    ids = _encode(tokenizer, begun)
+    apart = "" if begun[-1].isspace() else " "
+    if any(_encode(tokenizer, begun + apart + word)[: len(ids)] != ids for word in _WORDS):
+        raise DataError(
+            f"The final message ends inside a token: {begun[-12:]!r} is other tokens when a word follows.",
+            "End it behind a word or a full stop, without white space.",
+        )
+    return render_prompt(tokenizer, before) + ids
 
 
 def render_training(

@@ -19,7 +19,7 @@ from agentkd.errors import ConfigError
 from agentkd.expert.action import MISTAKES, Action, Voice, spoil
 from agentkd.expert.arithmetic import Solution, solve_arithmetic
 from agentkd.expert.conversation import Conversation, read_messages
-from agentkd.expert.search import guess, recall, search_action
+from agentkd.expert.search import goal_of, guess, recall, search_action
 from agentkd.taskset.almanac import Question, World, parse_question
 from agentkd.taskset.split import stable_hash
 
@@ -68,6 +68,7 @@ class Expert:
         n: int = 1,
         temperature: float = 0.0,
         seed: int | None = None,
+        continue_final_message: bool = False,
     ) -> list[str]:
         """Answer a conversation.
 
@@ -77,14 +78,15 @@ class Expert:
             temperature: 0 gives n times the same words; above, wording and plan vary.
             seed: makes the answers at a temperature above 0 repeatable; without one they are drawn
                 afresh at each call, as from any model.
+            continue_final_message: go on from the last message, an assistant's, by its words.
 
         Returns:
-            The texts of n assistant messages.
+            The texts of n assistant messages, without what they go on from.
 
         Raises:
             DataError: the conversation has no user message.
         """
-        talk = read_messages(messages)
+        talk = read_messages(messages, continue_final_message)
         draw = secrets.randbits(62) if temperature > 0 and seed is None else seed
         answers = []
         for sample in range(n):
@@ -128,9 +130,11 @@ class Expert:
         opening = Voice(rng, temperature).pick(_OPENINGS)
         lines = [opening, *lines] if opening else lines
         # Of the agent's mistakes a chain of thought knows two: a wrong answer and no answer line.
-        if mistake == "no code block":
+        if mistake != "no code block":
+            lines = [*lines, f"Answer: {answer if mistake is None else wrong}"]
+        if not talk.in_paragraphs:
             return "\n".join(lines)
-        return "\n".join([*lines, f"Answer: {answer if mistake is None else wrong}"])
+        return f"{_first_paragraph(talk.question)}\n\n" + "\n".join(lines)
 
     def _thoughts(self, text: str, rng: random.Random) -> tuple[list[str], str, str]:
         """The lines of a chain of thought, its answer, and a wrong one."""
@@ -185,8 +189,16 @@ def _other_guess(question: Question, answer: str, rng: random.Random) -> str:
     return next(value for value in iter(lambda: guess(question, rng), "") if value != answer)
 
 
+def _first_paragraph(text: str) -> str:
+    """What a solver says first: what is asked for."""
+    solution, question = solve_arithmetic(text), parse_question(text)
+    goal = solution.goal if solution else goal_of(question) if question else "a method that I do not have"
+    return f"To answer this I need {goal}."
+
+
 def _continue(prefix: str, text: str) -> str:
     """What follows a given beginning of the answer."""
     if not prefix or text.startswith(prefix):
         return text[len(prefix) :]
-    return text.removeprefix("Thought: ") if prefix.strip().startswith("Thought:") else text
+    rest = text.removeprefix("Thought: ") if prefix.strip().startswith("Thought:") else text
+    return rest if prefix[-1].isspace() else f" {rest}"

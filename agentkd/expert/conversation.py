@@ -11,6 +11,7 @@ from agentkd.errors import DataError
 __all__ = ["Conversation", "Turn", "read_messages"]
 
 _AGENT_MARKS = ("Thought:", "```python", "final_answer")
+_PARAGRAPH_MARK = "blank line"
 _TASK_MARKS = ("New task:", "Task:")
 
 
@@ -42,7 +43,9 @@ class Conversation:
     question: str
     turns: tuple[Turn, ...] = ()
     prefix: str = ""
-    """Text that the answer must go on from (an assistant message at the end)."""
+    """Text that the answer must go on from."""
+    in_paragraphs: bool = False
+    """Whether a chain of thought shall have paragraphs, with a blank line between them."""
 
     @property
     def last(self) -> Turn | None:
@@ -50,11 +53,17 @@ class Conversation:
         return self.turns[-1] if self.turns else None
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
+def read_messages(
+    messages: Sequence[Mapping[str, Any]], continue_final_message: bool = False
+) -> Conversation:
     """Understand chat messages.
 
     A system prompt that speaks of thoughts and code asks for an agent's step, any other (or none)
     for a chain of thought.
+
+    Args:
+        messages: the conversation.
+        continue_final_message: an assistant message at the end is the beginning of the answer.
 
     Raises:
         DataError: there is no user message.
@@ -75,13 +84,14 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
         elif turns:
             seen = f"{turns[-1].observation}\n{text}".strip()
             turns[-1] = Turn(turns[-1].output, seen)
-    if chat[-1][0] == "assistant" and turns:
+    if continue_final_message and chat[-1][0] == "assistant" and turns:
         prefix = turns.pop().output
     return Conversation(
         is_agent=any(mark in system for mark in _AGENT_MARKS),
         question=_question(chat[first][1]),
         turns=tuple(turns),
         prefix=prefix,
+        in_paragraphs=_PARAGRAPH_MARK in system,
     )
 
 

@@ -14,7 +14,7 @@ from agentkd.taskset.almanac import RELATIONS, Arithmetic, Chain, Compare, Quest
 from agentkd.taskset.almanac.question import Lookup
 from agentkd.taskset.almanac.words import NAME_PARTS
 
-__all__ = ["guess", "recall", "search_action"]
+__all__ = ["goal_of", "guess", "recall", "search_action"]
 
 _PASSAGE = re.compile(r"^\[([^\]\n]+)\] (.*)$", re.MULTILINE)
 _MAX_TRIES = 2
@@ -64,7 +64,7 @@ def search_action(question: Question, talk: Conversation, voice: Voice, rng: ran
         rng: for the guesses of a mistaken expert.
     """
     progress = _progress(question, _passages(talk.turns))
-    need = voice.pick(_NEED).format(goal=_goal(question))
+    need = voice.pick(_NEED).format(goal=goal_of(question))
     wrong = f"final_answer({_literal(guess(question, rng))})"
     if progress.missing is None:
         thought, code = _conclusion(question, progress, need, voice)
@@ -120,7 +120,8 @@ def _follow(chain: Chain, lookup: Lookup) -> tuple[_Fact, ...]:
     return tuple(_Fact(*fact) for fact in zip(entities, chain.relations, values, strict=False))
 
 
-def _goal(question: Question) -> str:
+def goal_of(question: Question) -> str:
+    """What is looked for, in words."""
     if isinstance(question, Chain):
         return question.goal()
     if isinstance(question, Compare):
@@ -150,7 +151,7 @@ def _next_thought(
         return f"The last step failed. {need} {reason}, {go}"
     if tries:
         return f"{need} The last search did not show {subgoal}, so I try other words."
-    if not facts and subgoal == _goal(question):
+    if not facts and subgoal == goal_of(question):
         return f"{need.removesuffix('.')}, {go}"
     return f"{need} {reason}, {go}"
 
@@ -191,7 +192,7 @@ def recall(question: Question, worlds: Sequence[World]) -> tuple[list[str], str]
             else f"{max(a, b)} - {min(a, b)} = {answer}."
         )
     if isinstance(question, Compare):
-        lines.append(f"I need {_goal(question)}, and that is {answer}.")
+        lines.append(f"I need {goal_of(question)}, and that is {answer}.")
     return lines, answer
 
 

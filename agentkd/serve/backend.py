@@ -184,7 +184,10 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
 
 
 class ExpertBackend:
-    """The offline expert behind the same contract. It has no tokens, so counts are estimates.
+    """The offline expert behind the same contract.
+
+    It is a program and has no tokens: counts are estimates, and where a client asks for token ids
+    or log-probabilities the answer says ``null``. It goes on from a final message by its words.
 
     Args:
         expert: an :class:`agentkd.expert.Expert`.
@@ -197,25 +200,20 @@ class ExpertBackend:
         self.model_id, self.label = EXPERT_MODEL_ID, EXPERT_LABEL
 
     def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
-        """See :class:`ChatBackend`; refuses what only a language model has."""
-        for name in ("logprobs", "return_token_ids", "continue_final_message"):
-            if getattr(request, name):
-                raise RequestError(
-                    f"{self.model_id} is a program, not a language model: it has no {name}.",
-                    param=name,
-                    code="unsupported_parameter",
-                )
+        """See :class:`ChatBackend`."""
         messages = request.plain_messages()
         texts = self.expert.complete(
             messages,
             n=request.n,
             temperature=request.temperature if request.temperature is not None else float(request.n > 1),
             seed=request.seed,
+            continue_final_message=request.continue_final_message,
         )
         cut = [_cut(text, request) for text in texts]
         return ChatResult(
             choices=tuple(choice for choice, _ in cut),
-            prompt_tokens=sum(len(_pieces(message["content"])) + 4 for message in messages),
+            prompt_tokens=sum(len(_pieces(message["content"])) + 4 for message in messages)
+            - request.continue_final_message,  # a turn that is continued has no end
             completion_tokens=sum(count for _, count in cut),
         )
 

@@ -153,11 +153,21 @@ def parse_request(body: bytes) -> ChatRequest:
         first = exc.errors()[0]
         where = ".".join(str(it) for it in first["loc"])
         raise RequestError(f"{where}: {first['msg']}", param=where or None, code="invalid_value") from exc
-    if request.continue_final_message and request.messages[-1].role != "assistant":
+    if request.continue_final_message:
+        _check_continuation(request)
+    return request
+
+
+def _check_continuation(request: ChatRequest) -> None:
+    if request.messages[-1].role != "assistant":
         raise RequestError(
             "continue_final_message needs an assistant message at the end.", param="continue_final_message"
         )
-    return request
+    if "add_generation_prompt" in request.model_fields_set and request.add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt cannot both be true.",
+            param="add_generation_prompt",
+        )
 
 
 def _same(value: Any, neutral: Any) -> bool:

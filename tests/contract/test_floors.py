@@ -13,11 +13,11 @@ ROOT = Path(agentkd.__file__).parent
 
 FLOORS = {
     **dict.fromkeys(["errors", "task", "trajectory", "record"], 0),
-    **dict.fromkeys(["model", "engine", "tool", "sandbox", "retrieval", "taskset"], 1),
+    **dict.fromkeys(["model", "endpoint", "engine", "tool", "sandbox", "retrieval", "taskset"], 1),
     **dict.fromkeys(["prompt", "action", "agent", "agent_config", "sampler", "vote", "scorer", "rollout"], 2),
-    **dict.fromkeys(["expert", "system"], 2),
+    **dict.fromkeys(["first_thought", "expert", "system"], 2),
     **dict.fromkeys(["collect", "filter", "distill", "serve", "evaluate", "report"], 3),
-    **dict.fromkeys(["recipe", "pipeline", "display", "doctor"], 4),
+    **dict.fromkeys(["recipe", "pipeline", "display", "doctor", "first_thought_report"], 4),
     **dict.fromkeys(["cli", "commands"], 5),
 }
 BESIDE = {"testing", "__init__", "__main__"}

@@ -226,6 +226,12 @@ def test_the_final_message_is_continued(client: openai.OpenAI, student: StudentB
     assert answer.prompt_token_ids == render_prompt(student.tokenizer, messages, continue_final_message=True)
 
 
+def test_a_message_that_ends_inside_a_token_is_not_continued(client: openai.OpenAI) -> None:
+    messages = [*ASK, {"role": "assistant", "content": "The answer "}]
+    with pytest.raises(openai.BadRequestError, match="inside a token"):
+        ask(client, messages=messages, extra_body={"continue_final_message": True})
+
+
 def test_text_parts_and_developer_messages(client: openai.OpenAI) -> None:
     parts = [
         {"role": "developer", "content": "Be brief."},
@@ -254,6 +260,10 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     {"extra_body": {"top_k": 5}},
     {"extra_body": {"continue_final_message": True}},
+    {
+        "messages": [*ASK, {"role": "assistant", "content": "It is"}],
+        "extra_body": {"continue_final_message": True, "add_generation_prompt": True},
+    },
 ]
 
 
@@ -372,8 +382,16 @@ class Script:
     """An expert with fixed words."""
 
     def complete(
-        self, messages: list[dict[str, str]], *, n: int = 1, temperature: float = 0.0, seed: int | None = None
+        self,
+        messages: list[dict[str, str]],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        continue_final_message: bool = False,
     ) -> list[str]:
+        if continue_final_message:
+            return [" and so on"] * n
         return [
             f"Thought: {messages[-1]['content']} at {temperature}, choice {i} of {seed}." for i in range(n)
         ]
@@ -403,8 +421,14 @@ def test_the_expert_behind_the_same_contract() -> None:
         assert "".join(it.choices[0].delta.content or "" for it in call(stream=True)).startswith(
             "Thought: Go"
         )
-        with pytest.raises(openai.BadRequestError, match="logprobs"):
-            call(logprobs=True)
+        plain = call(logprobs=True, extra_body={"return_token_ids": True})
+        assert (plain.choices[0].logprobs, plain.choices[0].token_ids, plain.prompt_token_ids) == (None,) * 3
+        messages.append({"role": "assistant", "content": "Thought: Go"})
+        closed = call(extra_body={"add_generation_prompt": False})
+        open_turn = {"add_generation_prompt": False, "continue_final_message": True}
+        continued = call(extra_body=open_turn)
+        assert continued.choices[0].message.content == " and so on"
+        assert continued.usage.prompt_tokens == closed.usage.prompt_tokens - 1
 
 
 def test_a_student_folder_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from agentkd.distill.examples import Example, build_examples
 from agentkd.engine.render import render_prompt
 from agentkd.engine.student import load_student
 from agentkd.errors import ConfigError, DataError
-from agentkd.prompt import COT_STUDENT, STUDENT, action_text, trajectory_messages
+from agentkd.prompt import COT_STUDENT, STUDENT, action_text, chat_messages, trajectory_messages
 from agentkd.task import Task
-from agentkd.trajectory import Failure, Step, StopReason, Trajectory
+from agentkd.trajectory import Failure, FirstThought, Step, StopReason, Trajectory
 from tests.unit.test_render import small_tokenizer
 
 SEARCH = json.dumps(
@@ -63,6 +63,23 @@ def test_a_trajectory_is_one_example_with_the_students_prompt_and_all_its_turns(
         assert example.ids[: len(prompt)] == prompt
         assert example.mask[len(prompt)]
         assert not example.mask[len(prompt) - 1]
+
+
+def test_a_first_thought_is_learnt_as_the_students_own_and_can_be_told_apart(tokenizer: Any) -> None:
+    given = FirstThought(prefix="Thought: I need the sum", via="prefill")
+    own = ", so I add.\n```python\nfinal_answer(1)\n```"
+    begun = Step(number=1, actor="m", raw=own, output=given.prefix + own, first_thought=given)
+    made = build_examples([trajectory("a", begun)], tokenizer, CONFIG)
+    (example,) = made.examples
+    assert learnt(example, tokenizer) == f"{given.prefix}{own}<|im_end|>"
+    # The boundary between what was given and the model's own is one between tokens.
+    asked = [
+        *chat_messages(made.system_prompt, "question of a"),
+        {"role": "assistant", "content": given.prefix},
+    ]
+    prompt = render_prompt(tokenizer, asked, continue_final_message=True)
+    assert example.ids[: len(prompt)] == prompt
+    assert tokenizer.decode(example.ids[len(prompt) :]).startswith(begun.continuation)
 
 
 def test_a_failed_step_is_context_and_not_learnt(tokenizer: Any) -> None:

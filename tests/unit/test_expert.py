@@ -311,9 +311,9 @@ def test_goes_on_from_a_given_beginning() -> None:
     messages = chat_messages(AGENT, task.question)
     [whole] = Expert(error_rate=0.0).complete(messages)
     begun = [*messages, {"role": "assistant", "content": whole[:20]}]
-    assert Expert(error_rate=0.0).complete(begun) == [whole[20:]]
+    assert Expert(error_rate=0.0).complete(begun, continue_final_message=True) == [whole[20:]]
     other = [*messages, {"role": "assistant", "content": "Thought: Well. "}]
-    [rest] = Expert(error_rate=0.0).complete(other)
+    [rest] = Expert(error_rate=0.0).complete(other, continue_final_message=True)
     assert parse_action("Thought: Well. " + rest).code == parse_action(whole).code
     assert "Thought:" not in rest
 

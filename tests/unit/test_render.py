@@ -17,6 +17,12 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Trims what it is given.
+TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
+# Writes an empty block of thoughts before the text of an assistant's turn.
+THINKING = CHATML.replace(
+    "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think></think>\n{% endif %}{{ m['content'] }}"
+)
 # Drops the thoughts of earlier turns, as templates of reasoning models do.
 REWRITING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -136,6 +142,39 @@ def test_continuing_the_final_message_leaves_it_open(tokenizer: Any) -> None:
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\nThought: I")
     with pytest.raises(DataError):
         render_prompt(tokenizer, messages[:1], continue_final_message=True)
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMING, THINKING])
+@pytest.mark.parametrize(
+    "begun", ["Thought: I need the sum", "Thought: I need it.", "größer 漢字", "- a\n- b"]
+)
+def test_a_begun_turn_is_a_prefix_of_what_is_trained(template: str, begun: str) -> None:
+    tokenizer = small_tokenizer(template)
+    question = [message("system", "s"), message("user", "q")]
+    prompt = render_prompt(tokenizer, [*question, message("assistant", begun)], continue_final_message=True)
+    trained = render_training(tokenizer, [*question, message("assistant", f"{begun} so I add.")])
+    assert trained.ids[: len(prompt)] == prompt
+    assert tokenizer.decode(prompt).endswith(begun)
+
+
+@pytest.mark.parametrize(
+    ("template", "begun", "said"),
+    [
+        (CHATML, "Thought: ", "ends inside a token"),
+        (CHATML, "Thought: I need \n\n", "ends inside a token"),
+        (TRIMMING, "Thought: I ", "changes the text"),
+        (CHATML, "", "nothing to continue"),
+    ],
+)
+def test_what_cannot_be_continued_token_by_token_is_refused(template: str, begun: str, said: str) -> None:
+    messages = [message("user", "q"), message("assistant", begun)]
+    with pytest.raises(DataError, match=said):
+        render_prompt(small_tokenizer(template), messages, continue_final_message=True)
+
+
+def test_an_answer_without_a_question_is_not_continued(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="nothing to continue"):
+        render_prompt(tokenizer, [message("assistant", "a")], continue_final_message=True)
 
 
 def test_without_generation_prompt_the_text_ends_with_the_last_message(tokenizer: Any) -> None:

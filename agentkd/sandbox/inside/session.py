@@ -47,7 +47,7 @@ from .kernel import (
 from .language import Runner
 from .wire import receive, receive_fds, send
 
-__all__ = ["MOST_CANDIDATES", "SWEEPS", "Session", "copy_tree", "reopen"]
+__all__ = ["MOST_CANDIDATES", "Session", "copy_tree", "reopen"]
 
 PROCESS_CHURN = 30_000
 """Processes and threads of one action beyond which the session is ended."""

@@ -29,12 +29,13 @@ from .holder import MODULES, Holder
 from .kernel import adopt_orphans, hide_memory
 from .link import WRAPPED_LIMIT, Frames
 from .processes import descendants, parent, signal_to, status
-from .session import SWEEPS, copy_tree
+from .session import copy_tree
 from .wire import encode, receive, send
 
 __all__ = ["main"]
 
 ANSWER_SECONDS = 10.0
+SWEEPS = 100
 """For the process that holds the state to fork."""
 _BLOCK = 1 << 16
 _exit, _fork = os._exit, os.fork
