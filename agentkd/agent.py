@@ -7,32 +7,31 @@ is shown, and whose fault a failure was.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Generator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from smolagents import CodeAgent, LogLevel, Model, Tool
 from smolagents.agents import ActionOutput
 from smolagents.memory import ActionStep, ToolCall
 from smolagents.models import ChatMessage, MessageRole
+from smolagents.monitoring import TokenUsage
 from smolagents.utils import AgentExecutionError, AgentParsingError
 
 from agentkd import prompt as prompts
-from agentkd.errors import ProviderError
+from agentkd.action import Parsed, parse_action
+from agentkd.draw import Draft, StepDraw
 from agentkd.model import provider_error
-from agentkd.sandbox import CodeFailure, Sandbox, open_sandbox
-from agentkd.trajectory import Failure, FirstThought, Step, Usage, valid_text
+from agentkd.sampler import Sampled, Sampler, run_action
+from agentkd.sandbox import Outcome, Sandbox, open_sandbox
+from agentkd.trajectory import Failure, FirstThought, Step
 
-__all__ = ["Parsed", "RolloutTimeout", "StepAgent", "build_agent", "parse_action"]
+__all__ = ["RolloutTimeout", "StepAgent", "build_agent"]
 
-STOP_SEQUENCES = ("Observation:",)
 NO_CODE = 'No code block was found. Write "Thought:" and then one ```python block.'
 NO_ANSWER = 'No line "Answer: <answer>" was found.'
 CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
 """What vLLM, and servers that follow it, take for: go on with the final message."""
-
-_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n?[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
 
 _TEMPLATES: dict[str, Any] = {
     "system_prompt": "{{ custom_instructions }}",
@@ -46,41 +45,6 @@ class RolloutTimeout(Exception):
     """The rollout's time is up."""
 
 
-class Parsed(NamedTuple):
-    """An action, as parsed."""
-
-    thought: str
-    code: str | None
-    output: str
-    """The text that stands in the conversation."""
-    repairs: tuple[str, ...]
-
-
-def parse_action(text: str) -> Parsed:
-    """Find the thought and the one code block of a step.
-
-    What is mended is named: "closed_fence" (the block had no end), "dropped_tail" (text after the
-    first block). Without a block ``code`` is None.
-    """
-    text = text.strip()
-    block = _BLOCK.search(text)
-    if block is None:
-        return Parsed(_thought(text), None, text, ())
-    code = block.group(1).strip("\n")
-    repairs = []
-    output = text[: block.end()]
-    if not output.rstrip().endswith(prompts.FENCE_CLOSE) or block.end(1) == len(text):
-        output = f"{output.rstrip()}\n{prompts.FENCE_CLOSE}"
-        repairs.append("closed_fence")
-    if text[block.end() :].strip():
-        repairs.append("dropped_tail")
-    return Parsed(_thought(text[: block.start()]), code, output, tuple(repairs))
-
-
-def _thought(text: str) -> str:
-    return re.sub(r"^\s*Thought:\s*", "", text).strip()
-
-
 class StepAgent(CodeAgent):
     """A ``CodeAgent`` that keeps a :class:`agentkd.trajectory.Step` of every step.
 
@@ -91,6 +55,7 @@ class StepAgent(CodeAgent):
         kind: "agent" acts in code; "cot" answers at once, by chain of thought.
         deadline: ``time.monotonic()`` at which the run ends, or None.
         first_thought: what the first step of an agent begins with, or None.
+        sampler: how an action is chosen among several; None takes the one that the model gives.
     """
 
     def __init__(
@@ -98,6 +63,7 @@ class StepAgent(CodeAgent):
         *,
         kind: Literal["agent", "cot"],
         force_answer: bool,
+        sampler: Sampler | None,
         tools: list[Tool],
         model: Model,
         **options: Any,
@@ -107,6 +73,7 @@ class StepAgent(CodeAgent):
         self.records: list[Step] = []
         self.deadline: float | None = None
         self.first_thought: FirstThought | None = None
+        self.sampler = sampler
         super().__init__(tools=tools, model=model, **options)
 
     @property
@@ -137,70 +104,60 @@ class StepAgent(CodeAgent):
     def _step_stream(self, memory_step: ActionStep) -> Generator[ToolCall | ActionOutput]:
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise RolloutTimeout
-        messages, options = self._request()
-        memory_step.model_input_messages = messages
-        began = time.monotonic()
-        try:
-            answer = self.model.generate(messages, stop_sequences=list(STOP_SEQUENCES), **options)
-        except Exception as exc:
-            raise provider_error(exc) from exc
-        if not isinstance(answer.content, str):
-            raise ProviderError("The endpoint answered without text.")
-        memory_step.model_output_message = answer
-        memory_step.token_usage = answer.token_usage
-        step = self._new_step(answer, time.monotonic() - began)
+        draw = StepDraw(self.model, *self._request(), step=len(self.records) + 1)
+        memory_step.model_input_messages = draw.messages
         if self.kind == "cot":
-            yield self._answer(memory_step, step)
+            yield self._answer(memory_step, draw)
         else:
-            yield from self._act(memory_step, step)
+            yield from self._act(memory_step, draw)
 
-    def _new_step(self, answer: ChatMessage, seconds: float) -> Step:
-        raw = valid_text(str(answer.content))
-        choice, response = _raw_choice(answer)
-        used = answer.token_usage
+    def _new_step(self, memory_step: ActionStep, draw: StepDraw, draft: Draft, parsed: Parsed) -> Step:
+        memory_step.model_output = parsed.output
+        memory_step.model_output_message = draw.answers[-1]
+        memory_step.token_usage = TokenUsage(draw.usage.input_tokens, draw.usage.output_tokens)
         return Step(
-            number=len(self.records) + 1,
+            number=draw.step,
             actor=str(getattr(self.model, "model_id", None) or type(self.model).__name__),
-            raw=raw,
-            output=raw.strip(),
+            raw=draft.raw,
+            output=parsed.output,
+            repairs=parsed.repairs,
             first_thought=self._given,
-            usage=Usage(input_tokens=used.input_tokens, output_tokens=used.output_tokens)
-            if used
-            else Usage(),
-            finish_reason=getattr(choice, "finish_reason", None),
-            prompt_token_ids=_ids(response, "prompt_token_ids"),
-            output_token_ids=_ids(choice, "token_ids"),
-            logprobs=_logprobs(choice),
-            model_seconds=seconds,
+            thought=parsed.thought,
+            code=parsed.code,
+            usage=draw.usage,
+            finish_reason=draft.finish_reason,
+            prompt_token_ids=draw.prompt_token_ids,
+            output_token_ids=draft.token_ids,
+            logprobs=draft.logprobs,
+            model_seconds=draw.seconds,
         )
 
-    def _answer(self, memory_step: ActionStep, step: Step) -> ActionOutput:
+    def _answer(self, memory_step: ActionStep, draw: StepDraw) -> ActionOutput:
         """Take a chain of thought for what it is."""
-        found = prompts.answer_from_cot(step.raw)
-        memory_step.model_output = step.output
+        draft = draw.one()
+        text = draft.raw.strip()
+        found = prompts.answer_from_cot(draft.raw)
         failure = None if found is not None else Failure(kind="parse", message=NO_ANSWER)
-        self.records.append(
-            step.model_copy(
-                update={"thought": step.output, "is_final": found is not None, "failure": failure}
-            )
-        )
+        step = self._new_step(memory_step, draw, draft, Parsed(text, None, text, ()))
+        self.records.append(step.model_copy(update={"is_final": found is not None, "failure": failure}))
         if failure is not None:
             raise AgentParsingError(NO_ANSWER, self.logger)
         memory_step.action_output = found
         return ActionOutput(output=found, is_final_answer=True)
 
-    def _act(self, memory_step: ActionStep, step: Step) -> Generator[ToolCall | ActionOutput]:
-        """Parse the action, run it, and record what came of it."""
-        parsed = parse_action(_whole(step))
-        memory_step.model_output = parsed.output
-        step = step.model_copy(
-            update={
-                "thought": parsed.thought,
-                "code": parsed.code,
-                "output": parsed.output,
-                "repairs": parsed.repairs,
-            }
-        )
+    def _act(self, memory_step: ActionStep, draw: StepDraw) -> Generator[ToolCall | ActionOutput]:
+        """Take an action, and record what came of it."""
+        began = time.monotonic()
+        sampled: Sampled | None = None
+        if self.sampler is not None:
+            sampled = self.sampler.act(draw, self._parse, self.sandbox)
+            draft, parsed = sampled.draft, sampled.parsed
+        else:
+            draft = draw.one()
+            parsed = self._parse(draft.raw)
+        step = self._new_step(memory_step, draw, draft, parsed)
+        if sampled is not None:
+            step = step.model_copy(update={"candidates": sampled.candidates})
         if parsed.code is None:
             self._fail(memory_step, step, "parse", NO_CODE, "")
             raise AgentParsingError(NO_CODE, self.logger)
@@ -208,27 +165,31 @@ class StepAgent(CodeAgent):
         call = ToolCall(name="python_interpreter", arguments=parsed.code, id=f"call_{step.number}")
         memory_step.tool_calls = [call]
         yield call
-        began = time.monotonic()
-        try:
-            result = self.sandbox(parsed.code)
-        except CodeFailure as exc:
-            step = self._ran(step, began)
-            self._fail(
-                memory_step, step, "timeout" if exc.timed_out else "execution", exc.message, exc.printed
-            )
-            raise AgentExecutionError(exc.message, self.logger) from exc
-        step = self._ran(step, began)
-        final = result.is_final_answer
-        shown = None if final else prompts.observation_text(result.logs, result.output)
-        memory_step.observations = shown
-        memory_step.action_output = result.output
-        self.records.append(step.model_copy(update={"observation": shown, "is_final": final}))
-        yield ActionOutput(output=result.output, is_final_answer=final)
+        outcome = run_action(self.sandbox, parsed.code) if sampled is None else sampled.outcome
+        assert outcome is not None
+        seconds = time.monotonic() - began - draw.seconds
+        uses = self.sandbox.take_tool_uses()
+        step = step.model_copy(update={"code_seconds": seconds, "tool_uses": uses})
+        yield self._outcome(memory_step, step, outcome)
 
-    def _ran(self, step: Step, began: float) -> Step:
-        return step.model_copy(
-            update={"code_seconds": time.monotonic() - began, "tool_uses": self.sandbox.take_tool_uses()}
-        )
+    def _parse(self, raw: str) -> Parsed:
+        given = self._given
+        if given is None:
+            return parse_action(raw)
+        whole = given.prefix + raw if given.via == "prefill" else prompts.joined(given.prefix, raw)
+        return parse_action(whole)
+
+    def _outcome(self, memory_step: ActionStep, step: Step, outcome: Outcome) -> ActionOutput:
+        if outcome.error is not None:
+            kind: Literal["timeout", "execution"] = "timeout" if outcome.timed_out else "execution"
+            self._fail(memory_step, step, kind, outcome.error, outcome.printed)
+            raise AgentExecutionError(outcome.error, self.logger)
+        final = outcome.is_final
+        shown = None if final else prompts.observation_text(outcome.printed, outcome.value)
+        memory_step.observations = shown
+        memory_step.action_output = outcome.value
+        self.records.append(step.model_copy(update={"observation": shown, "is_final": final}))
+        return ActionOutput(output=outcome.value, is_final_answer=final)
 
     def _fail(
         self,
@@ -262,29 +223,6 @@ def _message(role: str, text: str) -> ChatMessage:
     return ChatMessage(role=MessageRole(role), content=[{"type": "text", "text": text}])
 
 
-def _whole(step: Step) -> str:
-    """The text of a step, what it was given included."""
-    given = step.first_thought
-    if given is None:
-        return step.raw
-    return given.prefix + step.raw if given.via == "prefill" else prompts.joined(given.prefix, step.raw)
-
-
-def _raw_choice(answer: ChatMessage) -> tuple[Any, Any]:
-    choices = getattr(answer.raw, "choices", None)
-    return (choices[0] if choices else None), answer.raw
-
-
-def _ids(record: Any, name: str) -> tuple[int, ...] | None:
-    ids = getattr(record, name, None)
-    return tuple(ids) if ids else None
-
-
-def _logprobs(choice: Any) -> tuple[float, ...] | None:
-    content = getattr(getattr(choice, "logprobs", None), "content", None)
-    return tuple(float(token.logprob) for token in content) if content else None
-
-
 def build_agent(
     model: Model,
     tools: Sequence[Tool] = (),
@@ -296,6 +234,7 @@ def build_agent(
     max_steps: int = 5,
     action_timeout: float = 10.0,
     force_answer: bool = False,
+    sampler: Sampler | None = None,
     verbose: bool = False,
 ) -> StepAgent:
     """Make an agent.
@@ -312,6 +251,8 @@ def build_agent(
         max_steps: actions before the run ends with ``StopReason.MAX_STEPS``.
         action_timeout: seconds for the code of one step.
         force_answer: at the step limit, make one more call that asks for the bare answer.
+        sampler: chooses each action among several, for instance
+            :class:`agentkd.sampler.SelfConsistentSampler`.
         verbose: print the run as smolagents does.
 
     Raises:
@@ -330,6 +271,7 @@ def build_agent(
     return StepAgent(
         kind=kind,
         force_answer=force_answer,
+        sampler=sampler if kind == "agent" else None,
         tools=list(chosen),
         model=model,
         prompt_templates=_TEMPLATES,

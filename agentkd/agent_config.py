@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentkd.retrieval import Passage
+from agentkd.sampler import SamplerConfig, SelfConsistentSampler
 from agentkd.sandbox import DEFAULT_BACKEND
 from agentkd.task import Task
 
@@ -42,6 +43,8 @@ class AgentConfig(BaseModel):
     """Where code runs: "fork", "e2b", "docker" or "local"."""
     imports: tuple[str, ...] = ()
     """Modules that code may import beside the standard ones."""
+    sampler: SamplerConfig | None = None
+    """How each action is chosen among several; None takes the one the model gives."""
     search_k: int = Field(default=3, ge=1)
     """Passages that one search returns."""
     max_seconds: float | None = None
@@ -97,6 +100,7 @@ def agent_factory(
             imports=config.imports,
             max_steps=config.max_steps,
             action_timeout=config.action_seconds,
+            sampler=SelfConsistentSampler(config.sampler) if config.sampler else None,
         )
 
     return make

@@ -10,32 +10,21 @@ vote is settled.
 from __future__ import annotations
 
 import ast
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentkd.action import Parsed, parse_action
+from agentkd.action import Parsed
+from agentkd.draw import Draft
 from agentkd.sandbox import CodeFailure, ForkingSandbox, Outcome, Sandbox
 from agentkd.trajectory import Candidate, Failure, Usage
 from agentkd.vote import Tally, outcome_text
 
-__all__ = ["Draft", "Draw", "Sampled", "Sampler", "SamplerConfig", "SelfConsistentSampler"]
+__all__ = ["Draw", "Parse", "Sampled", "Sampler", "SamplerConfig", "SelfConsistentSampler", "run_action"]
 
-
-class Draft(NamedTuple):
-    """An action as the model emitted it."""
-
-    raw: str
-    finish_reason: str | None = None
-    token_ids: tuple[int, ...] | None = None
-    logprobs: tuple[float, ...] | None = None
-    """Log-probability (nats) of each token."""
-
-    @property
-    def mean_logprob(self) -> float | None:
-        """Mean over its tokens; None where the server does not say."""
-        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
+Parse = Callable[[str], Parsed]
+"""Reads an action; what the step was given to begin with is its business."""
 
 
 class Draw(Protocol):
@@ -85,7 +74,7 @@ class Sampled(NamedTuple):
 class Sampler(Protocol):
     """Decides what a step does; used by :class:`agentkd.agent.StepAgent`."""
 
-    def act(self, draw: Draw, sandbox: Sandbox) -> Sampled:
+    def act(self, draw: Draw, parse: Parse, sandbox: Sandbox) -> Sampled:
         """Take one action in the session."""
         ...
 
@@ -93,9 +82,9 @@ class Sampler(Protocol):
 class _Candidate:
     """A draft and what became of it."""
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: Draft, parsed: Parsed) -> None:
         self.draft = draft
-        self.parsed = parse_action(draft.raw)
+        self.parsed = parsed
         self.place: int | None = None
         """Which of the tried codes is its."""
         self.outcome: Outcome | None = None
@@ -115,7 +104,7 @@ class SelfConsistentSampler:
     def __init__(self, config: SamplerConfig | None = None) -> None:
         self.config = config or SamplerConfig()
 
-    def act(self, draw: Draw, sandbox: Sandbox) -> Sampled:
+    def act(self, draw: Draw, parse: Parse, sandbox: Sandbox) -> Sampled:
         """Sample, try, vote, go on from the winner.
 
         Raises:
@@ -132,7 +121,7 @@ class SelfConsistentSampler:
             while count := self._wanted(seen, tally, usage):
                 drafts, cost = draw(count, len(seen), self.config)
                 usage = usage + cost
-                fresh = [_Candidate(draft) for draft in drafts]
+                fresh = [_Candidate(draft, parse(draft.raw)) for draft in drafts]
                 codes = _new_codes(fresh, places)
                 if forks is not None and codes:
                     outcomes += forks.try_each(codes, more=True)
@@ -206,7 +195,7 @@ def _vote(number: int, candidate: _Candidate, outcomes: list[Outcome] | None, ta
 def _take(chosen: _Candidate, forks: ForkingSandbox | None, sandbox: Sandbox) -> Outcome | None:
     """Bring the chosen action into effect."""
     if forks is None:
-        return None if chosen.parsed.code is None else _run(sandbox, chosen.parsed.code)
+        return None if chosen.parsed.code is None else run_action(sandbox, chosen.parsed.code)
     if chosen.place is None or chosen.outcome is None or chosen.outcome.ended:
         forks.discard()
     else:
@@ -214,7 +203,12 @@ def _take(chosen: _Candidate, forks: ForkingSandbox | None, sandbox: Sandbox) ->
     return chosen.outcome
 
 
-def _run(sandbox: Sandbox, code: str) -> Outcome:
+def run_action(sandbox: Sandbox, code: str) -> Outcome:
+    """Run one action in the session itself.
+
+    Raises:
+        SandboxError: the sandbox failed.
+    """
     try:
         done = sandbox(code)
     except CodeFailure as exc:

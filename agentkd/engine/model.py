@@ -47,13 +47,17 @@ class EngineModel(Model):
     def generate(
         self, messages: list[Any], stop_sequences: list[str] | None = None, **options: Any
     ) -> ChatMessage:
-        """See ``smolagents.Model.generate``; takes ``max_tokens``, ``temperature``, ``n``, ``seed``."""
+        """See ``smolagents.Model.generate``.
+
+        Takes ``max_tokens``, ``temperature``, ``top_p``, ``n`` and ``seed``.
+        """
         prompt = render_prompt(self.tokenizer, [_plain(message) for message in messages])
         completions = self.engine.generate(
             prompt,
             n=options.get("n", 1),
             max_new_tokens=options.get("max_tokens", self.max_tokens),
             temperature=options.get("temperature", self.temperature),
+            top_p=options.get("top_p", 1.0),
             seed=options.get("seed"),
             stop=tuple(stop_sequences or ()),
         )

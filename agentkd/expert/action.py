@@ -68,7 +68,7 @@ def spoil(action: Action, mistake: str, rng: random.Random) -> str:
         return action_text(action.thought, _without_end(action.code))
     if mistake == "exception":
         return action_text(action.thought, _with_unknown_name(action.code))
-    return f"Thought: {action.thought}" + rng.choice(("", f"\n{action.code}"))
+    return f"Thought: {action.thought}" + rng.choice(("", " I can do that without code."))
 
 
 def _without_end(code: str) -> str:

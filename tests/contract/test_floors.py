@@ -14,7 +14,9 @@ ROOT = Path(agentkd.__file__).parent
 FLOORS = {
     **dict.fromkeys(["errors", "task", "trajectory", "record"], 0),
     **dict.fromkeys(["model", "endpoint", "engine", "tool", "sandbox", "retrieval", "taskset"], 1),
-    **dict.fromkeys(["prompt", "action", "agent", "agent_config", "sampler", "vote", "scorer", "rollout"], 2),
+    **dict.fromkeys(
+        ["prompt", "action", "draw", "agent", "agent_config", "sampler", "vote", "scorer", "rollout"], 2
+    ),
     **dict.fromkeys(["first_thought", "expert", "system"], 2),
     **dict.fromkeys(["collect", "filter", "distill", "serve", "evaluate", "report"], 3),
     **dict.fromkeys(["recipe", "pipeline", "display", "doctor", "first_thought_report"], 4),

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from agentkd.agent import StepAgent, build_agent, parse_action
+from agentkd.action import parse_action
+from agentkd.agent import StepAgent, build_agent
 from agentkd.errors import ConfigError, RetrievalError
 from agentkd.prompt import chat_messages, trajectory_messages
 from agentkd.rollout import rollout

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from agentkd.agent import parse_action
+from agentkd.action import parse_action
 from agentkd.errors import ConfigError, DataError
 from agentkd.expert import Expert
 from agentkd.expert.arithmetic import solve_arithmetic

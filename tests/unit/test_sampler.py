@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 
 from agentkd.action import parse_action
-from agentkd.sampler import Draft, SamplerConfig, SelfConsistentSampler
+from agentkd.agent import StepAgent, build_agent
+from agentkd.draw import Draft
+from agentkd.model import openai_model
+from agentkd.rollout import rollout
+from agentkd.sampler import SamplerConfig, SelfConsistentSampler
 from agentkd.sandbox import Outcome, open_sandbox
 from agentkd.sandbox.fork import ForkSandbox
-from agentkd.trajectory import Usage
+from agentkd.task import Task
+from agentkd.testing import FakeEndpoint, ScriptedModel
+from agentkd.trajectory import StopReason, Trajectory, Usage
 from agentkd.vote import Tally, lead_probability, same_outcome
 
 
@@ -50,7 +56,7 @@ def sandbox() -> Iterator[ForkSandbox]:
 
 def test_the_same_action_drawn_four_times_is_done_once(sandbox: ForkSandbox) -> None:
     sandbox("x = 1")
-    done = fixed(4).act(Scripted([action("x = x + 1")] * 4), sandbox)
+    done = fixed(4).act(Scripted([action("x = x + 1")] * 4), parse_action, sandbox)
     assert done.outcome is not None
     assert done.outcome.error is None
     assert sandbox("x").output == 2
@@ -67,7 +73,7 @@ def test_one_search_however_many_candidates_ask_it(sandbox: ForkSandbox) -> None
 
     sandbox.send_tools({"search": search, "final_answer": None})
     codes = [f"note = {n}\nprint(search('Oslo'))" for n in range(4)]  # different code, the same call
-    done = fixed(4).act(Scripted([action(code) for code in codes]), sandbox)
+    done = fixed(4).act(Scripted([action(code) for code in codes]), parse_action, sandbox)
     assert asked == ["Oslo"]
     assert done.outcome is not None
     assert [use.name for use in sandbox.take_tool_uses()] == ["search"]
@@ -76,7 +82,7 @@ def test_one_search_however_many_candidates_ask_it(sandbox: ForkSandbox) -> None
 def test_final_answers_vote_by_their_value(sandbox: ForkSandbox) -> None:
     sandbox.send_tools({"final_answer": None})
     codes = [f"print('working')\nfinal_answer({letter!r})" for letter in "ABBB"]
-    done = fixed(4).act(Scripted([action(code) for code in codes]), sandbox)
+    done = fixed(4).act(Scripted([action(code) for code in codes]), parse_action, sandbox)
     assert done.outcome is not None
     assert (done.outcome.value, done.outcome.is_final) == ("B", True)
 
@@ -85,7 +91,7 @@ def test_losers_leave_no_trace(sandbox: ForkSandbox) -> None:
     sandbox("x = [1]\nopen('f', 'w').write('kept')")
     losing = "import os\ndel x\nos.remove('f')\n'gone'"
     texts = [action(losing), action("x.append(2)\nx"), action("x.append(2)\nx[:]")]
-    done = fixed(3).act(Scripted(texts), sandbox)
+    done = fixed(3).act(Scripted(texts), parse_action, sandbox)
     assert done.outcome is not None
     assert done.outcome.value == [1, 2]
     assert sandbox("x, open('f').read()").output == [[1, 2], "kept"]
@@ -93,7 +99,7 @@ def test_losers_leave_no_trace(sandbox: ForkSandbox) -> None:
 
 def test_what_fails_or_does_not_parse_is_out(sandbox: ForkSandbox) -> None:
     texts = ["no code", action("1 / 0"), action("1 / 0"), action("while True: pass"), action("6 * 7")]
-    done = fixed(5).act(Scripted(texts), sandbox)
+    done = fixed(5).act(Scripted(texts), parse_action, sandbox)
     assert done.outcome is not None
     assert done.outcome.value == 42
     kinds = [None if c.failure is None else c.failure.kind for c in done.candidates]
@@ -106,7 +112,7 @@ def test_when_all_fail_the_policy_decides_whose_failure_counts(
 ) -> None:
     sandbox("x = 1")
     draw = Scripted([action("x = 2\n1 / 0"), action("x = 3\nundefined")], [-1.0, -0.1])
-    done = fixed(2, if_all_fail=policy).act(draw, sandbox)
+    done = fixed(2, if_all_fail=policy).act(draw, parse_action, sandbox)
     assert done.outcome is not None
     assert value in str(done.outcome.error)
     assert sandbox("x").output == (2 if policy == "first" else 3)  # what it did before it failed holds
@@ -114,7 +120,7 @@ def test_when_all_fail_the_policy_decides_whose_failure_counts(
 
 def test_a_step_without_any_code_leaves_the_session_alone(sandbox: ForkSandbox) -> None:
     sandbox("x = 1")
-    done = fixed(2).act(Scripted(["nothing", "here"]), sandbox)
+    done = fixed(2).act(Scripted(["nothing", "here"]), parse_action, sandbox)
     assert done.outcome is None
     assert done.parsed.code is None
     assert sandbox("x").output == 1
@@ -122,17 +128,17 @@ def test_a_step_without_any_code_leaves_the_session_alone(sandbox: ForkSandbox) 
 
 def test_ties_go_to_the_higher_log_probability(sandbox: ForkSandbox) -> None:
     draw = Scripted([action("1"), action("2")], [-0.9, -0.2])
-    done = fixed(2).act(draw, sandbox)
+    done = fixed(2).act(draw, parse_action, sandbox)
     assert done.outcome is not None
     assert done.outcome.value == 2
 
 
 def test_two_that_agree_settle_it_and_more_are_drawn_when_they_differ(sandbox: ForkSandbox) -> None:
     draw = Scripted([action("5"), action("2 + 3"), action("9")])
-    done = SelfConsistentSampler().act(draw, sandbox)
+    done = SelfConsistentSampler().act(draw, parse_action, sandbox)
     assert (draw.asked, len(done.candidates)) == ([2], 2)
     draw = Scripted([action(str(n)) for n in (1, 2, 2, 2, 7, 7, 7, 7)])
-    done = SelfConsistentSampler().act(draw, sandbox)
+    done = SelfConsistentSampler().act(draw, parse_action, sandbox)
     assert draw.asked == [2, 2, 2, 2]  # 3 to 1 after four is not sure enough: 0.81
     assert done.outcome is not None
     assert done.outcome.value == 7
@@ -142,13 +148,13 @@ def test_two_that_agree_settle_it_and_more_are_drawn_when_they_differ(sandbox: F
 def test_it_stops_when_the_lead_cannot_be_overtaken(sandbox: ForkSandbox) -> None:
     config = SamplerConfig(n=6, confidence=0.999)
     draw = Scripted([action("1")] * 6)
-    SelfConsistentSampler(config).act(draw, sandbox)
+    SelfConsistentSampler(config).act(draw, parse_action, sandbox)
     assert draw.asked == [2, 2]  # four of six
 
 
 def test_a_token_budget_ends_the_drawing(sandbox: ForkSandbox) -> None:
     draw = Scripted([action(str(n)) for n in range(8)])
-    SelfConsistentSampler(SamplerConfig(token_budget=35)).act(draw, sandbox)
+    SelfConsistentSampler(SamplerConfig(token_budget=35)).act(draw, parse_action, sandbox)
     assert draw.asked == [2, 2]
 
 
@@ -157,7 +163,7 @@ def test_without_forks_the_code_votes_and_only_the_winner_runs() -> None:
     ran = []
     session.send_tools({"look": lambda text: ran.append(text) or "seen", "final_answer": None})
     texts = [action("look('a')"), action("look( 'b' )  # layout"), action("look('b')")]
-    done = fixed(3).act(Scripted(texts), session)
+    done = fixed(3).act(Scripted(texts), parse_action, session)
     session.cleanup()
     assert ran == ["b"]
     assert done.outcome is not None
@@ -176,7 +182,7 @@ def test_an_error_of_the_model_leaves_the_session_as_it_was(sandbox: ForkSandbox
         return [Draft(action("x = 2\nx")), Draft(action("x = 3\nx"))], Usage()
 
     with pytest.raises(ConnectionError):
-        SelfConsistentSampler().act(draw, sandbox)
+        SelfConsistentSampler().act(draw, parse_action, sandbox)
     assert sandbox("x").output == 1
 
 
@@ -188,7 +194,7 @@ def test_random_candidates_elect_a_largest_group_and_count_every_vote(
     sandbox("x = 0")
     values = [dice.choice([1, 2, 3, None]) for _ in range(dice.randint(1, 8))]
     texts = ["no code" if value is None else action(f"x += {value}\nx") for value in values]
-    done = fixed(len(values)).act(Scripted(texts), sandbox)
+    done = fixed(len(values)).act(Scripted(texts), parse_action, sandbox)
     counts = {value: values.count(value) for value in values if value is not None}
     if counts:
         chosen = sandbox("x").output
@@ -255,3 +261,78 @@ def test_the_repair_ladder(text: str, code: str | None, repairs: tuple[str, ...]
     if code is not None:
         again = parse_action(parsed.output)
         assert (again.code, again.repairs) == (code, ())  # what the model sees later needs no repair
+
+
+TASK = Task(id="1", question="six times seven?", answer="42")
+
+
+def endpoint_agent(url: str, config: SamplerConfig, **options: Any) -> StepAgent:
+    model = openai_model("fake", url, retries=0, temperature=0.0, **options)
+    return build_agent(model, sampler=SelfConsistentSampler(config))
+
+
+def test_one_request_asks_for_all_candidates_and_its_settings_win() -> None:
+    with FakeEndpoint(lambda messages: action("final_answer(6 * 7)")) as endpoint:
+        agent = endpoint_agent(endpoint.url, SamplerConfig(n=4, confidence=None, seed=5))
+        record = rollout(agent, TASK)
+    (sent,) = endpoint.requests
+    assert (sent["n"], sent["temperature"], sent["top_p"]) == (4, 0.4, 0.8)
+    assert isinstance(sent["seed"], int)
+    assert (record.answer, record.correct) == ("42", True)
+    (step,) = record.steps
+    assert [candidate.votes for candidate in step.candidates] == [4] * 4
+    assert step.usage.output_tokens == 4 * len(action("final_answer(6 * 7)").split())
+    assert Trajectory.model_validate_json(record.model_dump_json()) == record
+
+
+@pytest.mark.parametrize("fault", ["ignores n", "refuses n"])
+def test_a_server_without_n_is_asked_several_times(fault: str) -> None:
+    def reply(messages: list[dict[str, Any]]) -> Any:
+        if fault == "refuses n" and "n" in endpoint.requests[-1]:
+            return 400, b'{"error": {"message": "n is not supported"}}'
+        endpoint.requests[-1].pop("n", None)
+        return action("final_answer(42)")
+
+    with FakeEndpoint(reply) as endpoint:
+        agent = endpoint_agent(endpoint.url, SamplerConfig(n=3, confidence=None))
+        record = rollout(agent, TASK)
+        assert len(record.steps[0].candidates) == 3
+        asked = len(endpoint.requests)
+        rollout(agent, TASK)
+    assert asked == (3 if fault == "ignores n" else 4)
+    assert len(endpoint.requests) == asked + 3  # it is not asked for several a second time
+
+
+def test_a_failing_endpoint_is_no_mistake_of_the_model() -> None:
+    with FakeEndpoint(lambda messages: (500, b"{}")) as endpoint:
+        record = rollout(endpoint_agent(endpoint.url, SamplerConfig()), TASK)
+    assert record.stop_reason == StopReason.PROVIDER_ERROR
+    assert record.steps == ()
+
+
+def test_steps_go_on_from_the_chosen_state_and_failures_are_shown() -> None:
+    replies = iter(
+        [action("x = 41\nprint(x)")] * 2
+        + ["nothing"] * 8
+        + [action("1 / 0")] * 8
+        + [action("final_answer(x + 1)")] * 2
+    )
+
+    class Model(ScriptedModel):
+        one_at_a_time = True
+
+        def generate(self, messages: list[Any], **options: Any) -> Any:
+            self.outputs = [next(replies)]
+            return super().generate(messages, **options)
+
+    agent = build_agent(Model([]), sampler=SelfConsistentSampler(SamplerConfig()))
+    record = rollout(agent, TASK)
+    assert [step.failure.kind if step.failure else None for step in record.steps] == [
+        None,
+        "parse",
+        "execution",
+        None,
+    ]
+    assert [len(step.candidates) for step in record.steps] == [2, 8, 8, 2]
+    assert record.answer == "42"
+    assert record.steps[1].observation is not None

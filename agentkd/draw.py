@@ -1,0 +1,161 @@
+"""Asking the model at one step: one answer, or several, with what they cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from agentkd.errors import ProviderError
+from agentkd.model import provider_error
+from agentkd.trajectory import Usage, valid_text
+
+if TYPE_CHECKING:
+    from smolagents import Model
+    from smolagents.models import ChatMessage
+
+    from agentkd.sampler import SamplerConfig
+
+__all__ = ["STOP_SEQUENCES", "Draft", "StepDraw"]
+
+STOP_SEQUENCES = ("Observation:",)
+
+
+class Draft(NamedTuple):
+    """An action as the model emitted it."""
+
+    raw: str
+    finish_reason: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    """Log-probability (nats) of each token."""
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Mean over its tokens; None where the server does not say."""
+        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
+
+
+class StepDraw:
+    """The model at one step of one rollout. See :class:`agentkd.sampler.Draw`.
+
+    Args:
+        model: any smolagents model.
+        messages: what it is asked.
+        options: of the call.
+        step: number of the step, from 1: with a seed, every step draws something else.
+
+    Attributes:
+        answers: what came back so far.
+        usage: what it cost.
+        seconds: wall-clock seconds of waiting.
+    """
+
+    def __init__(self, model: Model, messages: list[ChatMessage], options: dict[str, Any], step: int) -> None:
+        self.model, self.messages, self.options, self.step = model, messages, options, step
+        self.answers: list[ChatMessage] = []
+        self.usage = Usage()
+        self.seconds = 0.0
+
+    def one(self) -> Draft:
+        """One answer, sampled as the model's own settings say.
+
+        Raises:
+            ProviderError: the model failed, or answered without text.
+        """
+        return self._ask({})[0]
+
+    def __call__(self, count: int, first: int, config: SamplerConfig) -> tuple[list[Draft], Usage]:
+        """Several answers: in one request where the server can, else in as many, side by side.
+
+        Raises:
+            ProviderError: the model failed, or answered without text.
+        """
+        before = self.usage
+        drafts = self._several(count, first, config)
+        spent = Usage(
+            input_tokens=self.usage.input_tokens - before.input_tokens,
+            output_tokens=self.usage.output_tokens - before.output_tokens,
+        )
+        return drafts[:count], spent
+
+    def _several(self, count: int, first: int, config: SamplerConfig) -> list[Draft]:
+        drafts: list[Draft] = []
+        if count > 1 and not getattr(self.model, "one_at_a_time", False):
+            try:
+                drafts = self._ask(self._sampling(config, first, count))
+            except ProviderError as exc:
+                if getattr(exc.__cause__, "status_code", None) not in (400, 422):
+                    raise  # these two say that the request is not understood
+            if len(drafts) < count:
+                self.model.one_at_a_time = True  # known from now on, to all rollouts of this model
+        missing = range(first + len(drafts), first + count)
+        if len(missing) == 1:
+            return drafts + self._ask(self._sampling(config, missing[0], 1))
+        if missing:
+            with ThreadPoolExecutor(len(missing)) as pool:
+                rest = pool.map(lambda number: self._ask(self._sampling(config, number, 1)), missing)
+                drafts = [*drafts, *(draft for found in rest for draft in found)]
+        return drafts
+
+    def _sampling(self, config: SamplerConfig, number: int, count: int) -> dict[str, Any]:
+        """The options of a request for ``count`` drafts, the first of which has this number."""
+        wanted: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p}
+        if config.seed is not None:
+            wanted["seed"] = (config.seed * 1_000_003 + self.step * 1009 + number) % 2**31
+        own = getattr(self.model, "kwargs", {})
+        body = dict(self.options.get("extra_body") or {})
+        # smolagents lets a model's own settings win over those of a call; in the body they do not.
+        body |= {name: value for name, value in wanted.items() if name in own}
+        options = {name: value for name, value in wanted.items() if name not in own}
+        if count > 1:
+            options["n"] = count
+        return {**options, "extra_body": body} if body else options
+
+    def _ask(self, sampling: dict[str, Any]) -> list[Draft]:
+        began = time.monotonic()
+        try:
+            answer = self.model.generate(
+                self.messages, stop_sequences=list(STOP_SEQUENCES), **{**self.options, **sampling}
+            )
+        except Exception as exc:
+            raise provider_error(exc) from exc
+        finally:
+            self.seconds += time.monotonic() - began
+        drafts = _drafts(answer)
+        self.answers.append(answer)
+        if (used := answer.token_usage) is not None:
+            self.usage += Usage(input_tokens=used.input_tokens, output_tokens=used.output_tokens)
+        return drafts
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...] | None:
+        """Where the server returns them."""
+        return _ids(self.answers[0].raw, "prompt_token_ids") if self.answers else None
+
+
+def _drafts(answer: ChatMessage) -> list[Draft]:
+    choices: Sequence[Any] = getattr(answer.raw, "choices", None) or [None]
+    texts = [answer.content] if len(choices) == 1 else [choice.message.content for choice in choices]
+    if not all(isinstance(text, str) for text in texts):
+        raise ProviderError("The endpoint answered without text.")
+    return [
+        Draft(
+            valid_text(str(text)),
+            getattr(choice, "finish_reason", None),
+            _ids(choice, "token_ids"),
+            _logprobs(choice),
+        )
+        for text, choice in zip(texts, choices, strict=True)
+    ]
+
+
+def _ids(record: Any, name: str) -> tuple[int, ...] | None:
+    ids = getattr(record, name, None)
+    return tuple(ids) if ids else None
+
+
+def _logprobs(choice: Any) -> tuple[float, ...] | None:
+    content = getattr(getattr(choice, "logprobs", None), "content", None)
+    return tuple(float(token.logprob) for token in content) if content else None
