@@ -27,8 +27,8 @@ from typing import Any
 from smolagents.local_python_executor import LocalPythonExecutor
 
 from agentkd.record import provenance
-from agentkd.sandbox import fork
 from agentkd.sandbox.fork import ForkSandbox
+from agentkd.sandbox.zygotes import running
 
 OBJECTS = "data = [{'i': i, 's': str(i)} for i in range(10_000)]"  # a dict and a string each: 20,000
 ARRAY = "import numpy as np\na = np.ones(32 * 1024 * 1024)"
@@ -176,7 +176,7 @@ def memory(pids: list[int]) -> int:
 
 
 def zygotes() -> list[int]:
-    return [zygote.process.pid for zygote in fork._zygotes.values()]
+    return [zygote.process.pid for zygote in running()]
 
 
 def tree() -> list[int]:
@@ -254,7 +254,7 @@ def main() -> None:
     metrics |= at_once(64, 5 if options.quick else 20, options.isolation)
     sessions, actions = (20, 10) if options.quick else (200, 50)
     metrics |= soak(sessions, actions, options.isolation)
-    kind = next(iter(fork._zygotes.values())).isolation.kind
+    kind = running()[0].isolation.kind
     print(f"isolation: {kind}; CPU time by {meter.how}; medians of {bench.rounds} interleaved rounds")
     print(f"soak: {sessions} sessions of {actions} actions")
     for name, value in metrics.items():

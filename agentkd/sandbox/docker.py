@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from agentkd.errors import SandboxError
-from agentkd.sandbox.fork import Limits
 from agentkd.sandbox.inside.link import START, Link
+from agentkd.sandbox.limits import Limits
 from agentkd.sandbox.remote import Channel, RemoteSandbox
 
 __all__ = ["DEFAULT_IMAGE", "IMAGE_VARIABLE", "DockerSandbox", "check", "container_command"]

@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 from agentkd.errors import ConfigError, SandboxError
 from agentkd.sandbox import CodeFailure, Outcome
-from agentkd.sandbox.fork import KEPT, LOST, Limits
 from agentkd.sandbox.inside.wire import MESSAGE_LIMIT
+from agentkd.sandbox.limits import Limits
+from agentkd.sandbox.outcome import KEPT, LOST
 from agentkd.sandbox.remote import Channel, RemoteSandbox
 
 __all__ = ["KEY_VARIABLE", "E2BSandbox", "check"]

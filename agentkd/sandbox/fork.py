@@ -8,194 +8,33 @@ process becomes the session. What a process inside may not do is said in ``docs/
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import itertools
 import os
-import secrets
 import select
 import signal
 import socket
-import struct
-import subprocess
-import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from smolagents.local_python_executor import BASE_BUILTIN_MODULES, CodeOutput, PythonExecutor
 
 from agentkd.errors import AgentkdError, SandboxError
 from agentkd.sandbox import CodeFailure, Outcome
 from agentkd.sandbox import isolation as isolations
 from agentkd.sandbox.cgroup import ControlGroup
-from agentkd.sandbox.cgroup import sweep as sweep_groups
-from agentkd.sandbox.inside.wire import OUTPUT_LIMIT, plain, receive, send
-from agentkd.sandbox.toolhost import Caller, Round, ToolHost, valid_value
+from agentkd.sandbox.inside.wire import plain, receive, send
+from agentkd.sandbox.limits import Limits
+from agentkd.sandbox.outcome import KEPT, LOST, checked
+from agentkd.sandbox.toolhost import Caller, Round, ToolHost
+from agentkd.sandbox.zygotes import ANSWER_SECONDS, DOCTOR, Zygote, first_message, zygote_for
 from agentkd.trajectory import ToolUse, valid_text
 
-__all__ = ["ForkSandbox", "Limits", "checked"]
+__all__ = ["ForkSandbox", "Limits"]
 
-START_SECONDS = 60.0
-ANSWER_SECONDS = 30.0
-"""For the trusted processes to answer."""
 STATE_SECONDS = 10.0
 """For the process that holds a session's state to fork; it has run the model's code."""
-MARK = 1000
-"""Characters beyond the limit of outputs, for the mark that says so."""
-DOCTOR = "Run `agentkd doctor`: it says what is missing and how to mend it."
-LOST = "All variables are lost."
-KEPT = "Variables are as they were before it."
-
-
-class Limits(BaseModel):
-    """What the code of one session may use."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    memory_mb: int = Field(default=2048, ge=256)
-    """Address space of one process, and the memory of all of a session's together where there
-    are control groups; MiB."""
-    processes: int = Field(default=64, ge=2)
-    """Processes and threads of a session."""
-    cpu_seconds: float | None = Field(default=None, gt=0)
-    """Processor time of one action; twice its wall-clock limit by default."""
-    scratch_mb: int = Field(default=256, ge=1)
-    """Size of the working directory, with the copies that candidates get; MiB."""
-    session_seconds: float = Field(default=3600.0, gt=0)
-    """Wall-clock time of all actions of a session, time in tools apart."""
-    seed: int = 0
-    """Random numbers of a session start from here."""
-
-
-class _Zygote:
-    """The host's end of one zygote."""
-
-    def __init__(self, kind: str | None, extra: tuple[str, ...]) -> None:
-        self.isolation = isolations.choose(kind)
-        self._lock = threading.Lock()
-        self._numbers = itertools.count()
-        self._uids = _first_uid() if self.isolation.root else None
-        sweep_groups()
-        self._start(isolations.setup(self.isolation, extra))
-
-    def _start(self, settings: dict[str, Any]) -> None:
-        ours, theirs = socket.socketpair()
-        command, environment = isolations.zygote_command(self.isolation, settings, theirs.fileno())
-        with tempfile.TemporaryFile() as log:
-            self.process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the host, which then ends it
-            )
-            theirs.close()
-            self._control = ours
-            try:
-                host = os.pidfd_open(os.getpid())
-                try:
-                    send(ours, settings, [host])
-                finally:
-                    os.close(host)
-                ready = receive(ours, time.monotonic() + START_SECONDS)
-            except (OSError, TimeoutError, ValueError):
-                ready = None
-            if ready is None:
-                self.stop()
-                log.seek(0)
-                tail = log.read()[-2000:].decode(errors="replace").strip().splitlines()
-                why = tail[-1] if tail else "no message"
-                raise SandboxError(f"The sandbox did not start ({self.isolation.kind}): {why}.", DOCTOR)
-        ours.settimeout(None)
-        if os.path.realpath(ready["library"]) != os.path.realpath(os.path.dirname(os.__file__)):
-            self.stop()
-            raise SandboxError(f"The sandbox runs another Python ({ready['library']}) than this one.", DOCTOR)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs."""
-        return self.process.poll() is None
-
-    def open(self, order: dict[str, Any]) -> tuple[socket.socket, str, int | None]:
-        """A new session: the socket to its root process, a number for it, its user id."""
-        ours, theirs = socket.socketpair()
-        try:
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            with self._lock:
-                number = next(self._numbers)
-                uid = None if self._uids is None else self._uids[0] + number % self._uids[1]
-                send(self._control, {**order, "uid": uid}, [theirs.fileno()])
-                reply = receive(self._control, time.monotonic() + ANSWER_SECONDS)
-            if reply is None or "error" in reply:
-                why = "it is gone" if reply is None else reply["error"]
-                raise SandboxError(f"The sandbox cannot start a session: {why}.", DOCTOR)
-        except BaseException as exc:
-            ours.close()
-            if isinstance(exc, (OSError, ValueError)):
-                raise SandboxError(
-                    f"The sandbox is gone ({exc or 'no answer'}).", "Run the command again."
-                ) from exc
-            raise
-        finally:
-            theirs.close()
-        return ours, str(number), uid
-
-    def stop(self) -> None:
-        """End it and its sessions."""
-        self._control.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def _first_uid() -> tuple[int, int]:
-    """First and number of the user ids for sessions: unused ones, so that each is alone in its own."""
-    with open("/proc/self/uid_map") as file:
-        end = max(sum(map(int, line.split()[::2])) for line in file)
-    if end > 2_000_000_000:
-        return 1_900_000_000 + 4096 * secrets.randbelow(24_000), 4096
-    if end > 65_000:
-        return 60_000 + 100 * secrets.randbelow(49), 100
-    raise SandboxError("This root user has no other user ids to give to sessions.", DOCTOR)
-
-
-_zygotes: dict[tuple[str | None, tuple[str, ...]], _Zygote] = {}
-_zygotes_lock = threading.Lock()
-
-
-def _zygote(kind: str | None, extra: tuple[str, ...]) -> _Zygote:
-    with _zygotes_lock:
-        found = _zygotes.get((kind, extra))
-        if found is None or not found.alive:
-            found = _zygotes[kind, extra] = _Zygote(kind, extra)
-        return found
-
-
-def _forget() -> None:
-    """In a forked host: the zygote belongs to the parent."""
-    global _zygotes_lock
-    _zygotes_lock = threading.Lock()
-    for zygote in _zygotes.values():
-        zygote._control.close()
-    _zygotes.clear()
-
-
-def _stop() -> None:
-    for zygote in _zygotes.values():
-        zygote.stop()
-    _zygotes.clear()
-
-
-os.register_at_fork(after_in_child=_forget)
-atexit.register(_stop)
 
 
 class _Candidate:
@@ -234,7 +73,7 @@ class ForkSandbox(PythonExecutor):
         self._host = ToolHost()
         self._variables: dict[str, Any] = {}
         self._uses: list[ToolUse] = []
-        self._zygote: _Zygote | None = None
+        self._zygote: Zygote | None = None
         self._root: socket.socket | None = None
         self._pidfd: int | None = None
         self._group: ControlGroup | None = None
@@ -401,7 +240,7 @@ class ForkSandbox(PythonExecutor):
         limits = self.limits
         cpu = limits.cpu_seconds or 2 * self.timeout
         extra = isolations.module_paths(self.imports)
-        zygote = self._zygote = _zygote(self.isolation, extra)
+        zygote = self._zygote = zygote_for(self.isolation, extra)
         order = {
             "imports": sorted({*BASE_BUILTIN_MODULES, *self.imports}),
             "seed": limits.seed,
@@ -418,7 +257,7 @@ class ForkSandbox(PythonExecutor):
         }
         self._root, number, uid = zygote.open(order)
         try:
-            ready, pid, self.user = _first_message(self._root)
+            ready, pid, self.user = first_message(self._root)
             if "ready" not in ready:
                 raise SandboxError(
                     f"The sandbox cannot isolate a session: {ready.get('broken', 'it ended')}.", DOCTOR
@@ -584,34 +423,6 @@ class ForkSandbox(PythonExecutor):
 
 class _Ended(Exception):
     """A candidate's socket was closed."""
-
-
-def checked(message: dict[str, Any], caller: Caller, seconds: float) -> Outcome:
-    """An outcome from what the sandbox sent, which may be anything."""
-    error, printed, final = message.get("error"), message.get("printed", ""), message.get("final", False)
-    well = (error is None or isinstance(error, str)) and isinstance(printed, str) and isinstance(final, bool)
-    if not well or "broken" in message:
-        raise ValueError(str(message.get("broken", "malformed outcome"))[:300])
-    return Outcome(
-        printed=valid_text(printed[: OUTPUT_LIMIT + MARK]),
-        value=valid_value(message.get("value")),
-        is_final=final,
-        error=None if error is None else valid_text(error[: OUTPUT_LIMIT + MARK]),
-        tool_uses=tuple(caller.uses),
-        seconds=seconds,
-    )
-
-
-def _first_message(sock: socket.socket) -> tuple[dict[str, Any], int, int]:
-    """The first message of a root process, with its process and user id as the kernel tells them."""
-    sock.settimeout(ANSWER_SECONDS)
-    _, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(12), socket.MSG_PEEK)
-    message = receive(sock, time.monotonic() + ANSWER_SECONDS) or {}
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-            pid, uid, _ = struct.unpack("3i", data[:12])
-            return message, pid, uid
-    raise SandboxError("The sandbox does not say who it is.", DOCTOR)
 
 
 def _drain(sock: socket.socket) -> None:

@@ -15,8 +15,9 @@ from smolagents.local_python_executor import BASE_BUILTIN_MODULES, CodeOutput, P
 
 from agentkd.errors import SandboxError
 from agentkd.sandbox import CodeFailure, Outcome
-from agentkd.sandbox.fork import KEPT, LOST, Limits, checked
 from agentkd.sandbox.inside.wire import plain
+from agentkd.sandbox.limits import Limits
+from agentkd.sandbox.outcome import KEPT, LOST, checked
 from agentkd.sandbox.toolhost import Caller, Round, ToolHost
 from agentkd.trajectory import ToolUse, valid_text
 
