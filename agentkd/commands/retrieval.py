@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentkd.commands.console import Json, print_json, progress_bar
 from agentkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def index_command(
     query: Annotated[str | None, typer.Option("--query", "-q", help="Search the index and print.")] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Passages to print.")] = 3,
     rerank: Annotated[str | None, typer.Option(help="Cross-encoder that orders what --query found.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Index documents for the search tool; again on a changed source: only what changed is done."""
     if out is None:
@@ -174,7 +175,7 @@ def _report(out: Path, built: Built, done: str, reading: Any, as_json: bool) -> 
         **_figures(manifest),
     }
     if as_json:
-        print(json.dumps(figures, ensure_ascii=False))
+        print_json(figures)
         return
     for problem in reading.skipped:
         print(f"Skipped: {problem}", file=sys.stderr)
@@ -211,7 +212,8 @@ def _figures(manifest: Manifest) -> dict[str, Any]:
 
 def _summary(manifest: Manifest) -> str:
     by = f"{manifest.config.kind}, {manifest.encoder.name}" if manifest.encoder else manifest.config.kind
-    return f"the index has {manifest.passages:,} ({by}), {manifest.bytes / 1e6:,.1f} MB"
+    size = f"{manifest.bytes / 1e6:,.1f} MB" if manifest.bytes >= 1e6 else f"{manifest.bytes / 1e3:,.1f} kB"
+    return f"the index has {manifest.passages:,} ({by}), {size}"
 
 
 def _delete(folder: Path, ids: list[str], as_json: bool) -> None:
@@ -220,7 +222,7 @@ def _delete(folder: Path, ids: list[str], as_json: bool) -> None:
     with _bar(as_json) as tell:
         built = IndexBuilder(folder, on_progress=tell).delete(ids)
     if as_json:
-        print(json.dumps({"deleted": built.deleted, **_figures(built.manifest)}))
+        print_json({"deleted": built.deleted, **_figures(built.manifest)})
     else:
         print(f"{built.deleted} deleted; {_summary(built.manifest)}.")
 
@@ -232,7 +234,7 @@ def _look(folder: Path, verify: bool, as_json: bool) -> None:
     verify_files(folder, manifest, checksums=verify)
     sources = [segment.source for segment in manifest.segments]
     if as_json:
-        print(json.dumps({**_figures(manifest), "sources": sources, "verified": verify}))
+        print_json({**_figures(manifest), "sources": sources, "verified": verify})
         return
     print(f"{folder}: {_summary(manifest)}.")
     print(f"From: {', '.join(dict.fromkeys(sources))}")
@@ -249,7 +251,7 @@ def _query(folder: Path, query: str, k: int, rerank: str | None, as_json: bool) 
     hits = open_retriever(folder, rerank=rerank).search([query], k)[0]
     if as_json:
         rows = [{"score": hit.score, **hit.passage.model_dump()} for hit in hits]
-        print(json.dumps({"query": query, "hits": rows}, ensure_ascii=False))
+        print_json({"query": query, "hits": rows})
         return
     if not hits:
         print("No passage found.")
@@ -264,9 +266,7 @@ def _bar(quiet: bool) -> Iterator[OnProgress | None]:
     if quiet:
         yield None
         return
-    from agentkd.display import counted_bar
-
-    with counted_bar() as bar:
+    with progress_bar() as bar:
         parts: dict[str, Any] = {}
 
         def tell(what: str, done: int, total: int | None) -> None:

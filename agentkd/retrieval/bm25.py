@@ -10,11 +10,10 @@ from typing import Any
 from agentkd.errors import RetrievalError, boundary
 from agentkd.record import iter_jsonl
 from agentkd.retrieval import Hit, Passage
+from agentkd.retrieval.query import readable
 
-__all__ = ["BM25", "MAX_QUERY_CHARS", "BM25Retriever"]
+__all__ = ["BM25", "BM25Retriever"]
 
-MAX_QUERY_CHARS = 10_000
-"""Characters of a query that are read; a longer one is cut."""
 _WORD = re.compile(r"\w+", re.UNICODE)
 
 
@@ -71,7 +70,7 @@ class BM25:
         import numpy as np
 
         words = self._index.vocab_dict
-        tokens = [words[token] for token in _tokens(query[:MAX_QUERY_CHARS]) if token in words]
+        tokens = [words[token] for token in _tokens(readable(query)) if token in words]
         if not tokens or k < 1:
             return []
         with boundary(RetrievalError, "searching the BM25 index"):

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from agentkd.errors import ConfigError, RetrievalError
 from agentkd.retrieval import Hit
+from agentkd.retrieval.query import readable
 from agentkd.retrieval.wire import read_hits
 
 __all__ = ["TOKEN_VARIABLE", "HTTPRetriever"]
@@ -51,13 +52,14 @@ class HTTPRetriever:
         Raises:
             RetrievalError: the server cannot be reached, refuses, or answers something else.
         """
-        asked = [place for place, query in enumerate(queries) if query.strip()]
+        asked = [(place, text) for place, query in enumerate(queries) if (text := readable(query))]
         found: list[list[Hit]] = [[] for _ in queries]
         if k < 1:
             return found
         for begin in range(0, len(asked), _BATCH):
-            places = asked[begin : begin + _BATCH]
-            for place, hits in zip(places, self._ask([queries[place] for place in places], k), strict=True):
+            batch = asked[begin : begin + _BATCH]
+            results = self._ask([text for _, text in batch], k)
+            for (place, _), hits in zip(batch, results, strict=True):
                 found[place] = hits[:k]
         return found
 

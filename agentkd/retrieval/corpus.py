@@ -58,7 +58,7 @@ class Source:
     """
 
     def __init__(self, name: str, config: SourceConfig | None = None) -> None:
-        self.name, self.config = name, config or SourceConfig()
+        self.name, self.config = (name if name.startswith("hf:") else str(Path(name))), config or SourceConfig()
         self.skipped: list[str] = []
         """Documents that were left out, with the reason."""
         self.ignored = 0

@@ -17,13 +17,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pydantic import ValidationError
+
 from agentkd.errors import ConfigError, RetrievalError
 from agentkd.retrieval import Hit, Passage
-from agentkd.retrieval.bm25 import MAX_QUERY_CHARS
 from agentkd.retrieval.build import IndexBuilder
 from agentkd.retrieval.encoder import Encoder, check_vectors, load_encoder
 from agentkd.retrieval.manifest import IndexConfig, Manifest, SearchKind, read_manifest, verify_files
 from agentkd.retrieval.probe import check_probe
+from agentkd.retrieval.query import readable
 from agentkd.retrieval.segment import Segment
 from agentkd.retrieval.staging import OnProgress
 from agentkd.retrieval.structure import Structure
@@ -89,7 +91,14 @@ class Index:
         """
         name = encoder if isinstance(encoder, str) or encoder is None else encoder.name
         given = None if isinstance(encoder, str) else encoder
-        config = IndexConfig(kind=kind, encoder=name, **settings)
+        try:
+            config = IndexConfig(kind=kind, encoder=name, **settings)
+        except ValidationError as exc:
+            problem = exc.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"]) or "settings"
+            raise ConfigError(
+                f"{where}: {problem['msg']}.", "See agentkd.retrieval.manifest.IndexConfig."
+            ) from exc
         IndexBuilder(Path(folder), given, on_progress).build(passages, config, replace=replace)
         return cls.open(folder, encoder=given)
 
@@ -157,7 +166,7 @@ class Index:
             ConfigError: the encoder is missing or is another one than the index was built with.
             RetrievalError: a file of the index cannot be read.
         """
-        asked = [(place, query[:MAX_QUERY_CHARS]) for place, query in enumerate(queries) if query.strip()]
+        asked = [(place, text) for place, query in enumerate(queries) if (text := readable(query))]
         found: list[list[Hit]] = [[] for _ in queries]
         if not asked or k < 1:
             return found

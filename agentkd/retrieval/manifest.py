@@ -14,16 +14,17 @@ Adding and deleting write new folders and then a new manifest; a reader keeps th
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agentkd.errors import ConfigError, RetrievalError, StorageError, boundary
-from agentkd.record import file_hash, read_json
+from agentkd.record import file_hash
 from agentkd.retrieval.ann import AnnKind
 
 __all__ = [
@@ -73,6 +74,12 @@ class IndexConfig(_Part):
         if isinstance(values, dict) and values.get("kind", "bm25") != "bm25" and not values.get("encoder"):
             return {**values, "encoder": "minilm"}
         return values
+
+    @model_validator(mode="after")
+    def _no_encoder_for_words(self) -> Self:
+        if self.kind == "bm25" and self.encoder is not None:
+            raise ValueError('an encoder goes with kind "dense" or "hybrid"')
+        return self
 
 
 class FileInfo(_Part):
@@ -171,7 +178,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"There is no index in {folder}.", f"Make one by: agentkd index SOURCE --out {folder}."
         )
     with boundary(RetrievalError, f"reading {path}", _REBUILD):
-        content = read_json(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
     version = content.get("version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise RetrievalError(
