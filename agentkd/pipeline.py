@@ -59,12 +59,12 @@ BASE = "base"
 class _Data(NamedTuple):
     tasks: list[Task]
     folder: Path
-    index: Path | None
-    """What the search tool searches, where the tasks come with passages."""
+    corpus: Path | None
+    """Index that the search tool searches, where the tasks come with passages."""
 
     @property
     def retriever(self) -> Retriever | None:
-        return open_retriever(self.index) if self.index else None
+        return open_retriever(self.corpus) if self.corpus else None
 
 
 def quickstart(
@@ -226,7 +226,7 @@ def _collect_config(
     teacher = recipe.teacher
     return CollectConfig(
         tasks=str(train.folder / "tasks.jsonl"),
-        corpus=train.index,
+        corpus=train.corpus,
         seed=recipe.seed,
         agent=AgentConfig(
             model=model,

@@ -25,7 +25,7 @@ DEFAULT_PORT = 8100
 
 _INDEX_EXAMPLES = """Examples:
 
-`agentkd index docs/ --out idx` (a folder of text, Markdown, HTML and PDF; again after a change: only that is done)
+`agentkd index docs/ --out idx` (a folder of text, Markdown, HTML and PDF; run again, it does what changed)
 
 `agentkd index passages.jsonl --out idx --kind hybrid` (words and vectors)
 
@@ -73,9 +73,15 @@ def index_command(
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave out documents that cannot be read.")
     ] = False,
-    add: Annotated[bool, typer.Option("--add", help="Add to the index instead of matching the source.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Build anew over an index that is there.")] = False,
-    delete: Annotated[list[str] | None, typer.Option(help="Delete the passage with this id; repeatable.")] = None,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add to the index instead of matching the source.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Build anew over an index that is there.")
+    ] = False,
+    delete: Annotated[
+        list[str] | None, typer.Option(help="Delete the passage with this id; repeatable.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its checksum.")] = False,
     query: Annotated[str | None, typer.Option("--query", "-q", help="Search the index and print.")] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Passages to print.")] = 3,
@@ -125,7 +131,9 @@ def _index_folder(source: str, *, look: bool) -> Path:
     if folder.is_dir() and is_index(folder):
         return folder
     if look:
-        raise ConfigError(f"There is no index in {source}.", f"Make one by: agentkd index SOURCE --out {source}.")
+        raise ConfigError(
+            f"There is no index in {source}.", f"Make one by: agentkd index SOURCE --out {source}."
+        )
     raise ConfigError("No --out was given.", f"Write: agentkd index {source} --out idx.")
 
 
@@ -305,7 +313,7 @@ def retriever_command(
     retriever: Any = open_retriever(index, rerank=rerank)
     if hasattr(retriever, "load"):
         retriever.load()  # the encoder, now rather than for the first request
-    about = {"index": Path(index).name}
+    about: dict[str, Any] = {"index": Path(index).name}
     if hasattr(retriever, "manifest"):
         about |= {"kind": retriever.kind, "passages": len(retriever)}
 
@@ -315,6 +323,8 @@ def retriever_command(
         else:
             print(f"Serving {index} at {address}/retrieve. Ctrl-C stops.", file=sys.stderr)
             if token is None and host not in ("127.0.0.1", "localhost", "::1"):
-                print("Note: anyone who reaches this address can search; --token changes that.", file=sys.stderr)
+                print(
+                    "Note: anyone who reaches this address can search; --token changes that.", file=sys.stderr
+                )
 
     serve_app(retriever_app(retriever, topk=k, token=token, about=about), host=host, port=port, say=say)

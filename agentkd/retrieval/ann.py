@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -132,7 +133,7 @@ class ANN:
         """
         if queries.ndim != 2 or queries.shape[1] != self.dimension:
             raise RetrievalError(
-                f"A query of shape {queries.shape[1:]} cannot be looked up among vectors of {self.dimension}.",
+                f"A query of shape {queries.shape[1:]} does not fit vectors of {self.dimension}.",
                 "Use the encoder that the index was built with.",
             )
         k = min(k, self.rows - len(dead))
@@ -183,9 +184,7 @@ def _empty(kind: AnnKind, rows: int, dimension: int) -> Any:
         index = faiss.IndexIVFFlat(coarse, dimension, cells, faiss.METRIC_INNER_PRODUCT)
     else:
         eight_bit = faiss.ScalarQuantizer.QT_8bit
-        index = faiss.IndexIVFScalarQuantizer(
-            coarse, dimension, cells, eight_bit, faiss.METRIC_INNER_PRODUCT
-        )
+        index = faiss.IndexIVFScalarQuantizer(coarse, dimension, cells, eight_bit, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = 0
     index.cp.min_points_per_centroid = 1  # a small corpus is no mistake
     return index
@@ -193,13 +192,13 @@ def _empty(kind: AnnKind, rows: int, dimension: int) -> Any:
 
 def _cells(rows: int) -> int:
     """About 2 * sqrt(rows), a power of two, and few enough for k-means."""
-    wanted = min(2 * rows**0.5, rows / _TRAIN_PER_CELL)
-    return 2 ** max(0, int(wanted).bit_length() - 1)
+    wanted = min(2 * math.sqrt(rows), rows / _TRAIN_PER_CELL)
+    return 1 << max(0, int(wanted).bit_length() - 1)
 
 
 def _probes(cells: int) -> int:
     """Cells read for a query: a smaller share of more cells."""
-    return min(cells, max(8, round(2 * cells**0.5)))
+    return min(cells, max(8, round(2 * math.sqrt(cells))))
 
 
 def _sample(rows: int, wanted: int, read: ReadRows) -> Vectors:

@@ -125,7 +125,9 @@ class IndexBuilder:
             def fresh() -> Iterator[Passage]:
                 for passage in passages:
                     if passage.id in seen:
-                        raise DataError(f"The passage id {passage.id!r} stands there twice.", "Make it unique.")
+                        raise DataError(
+                            f"The passage id {passage.id!r} stands there twice.", "Make it unique."
+                        )
                     seen.add(passage.id)
                     row = rows.get(passage.id)
                     if row is not None and lines[row] == hash(passage_line(passage)):
@@ -238,8 +240,10 @@ class _Commit:
     def _dead(self, gone: Sequence[int]) -> Rows:
         import numpy as np
 
-        before = read_dead(self.folder / self.old.search_folder) if self.old and self.kept else []
-        return np.unique(np.array([*before, *gone], np.int64))
+        rows = list(gone)
+        if self.old and self.kept:
+            rows += read_dead(self.folder / self.old.search_folder).tolist()
+        return np.unique(np.array(rows, np.int64))
 
     def _base(self) -> tuple[Path, AnnKind] | None:
         """The vectors of the kept segments, where there are any."""
@@ -277,8 +281,12 @@ class _Commit:
             return None
         rows = sum(segment.rows for segment in segments)
         kind = choose_kind(rows)[0] if self.config.ann == "auto" else self.config.ann
-        probe = self.folder / self.old.search_folder if self.old and self.kept else None
-        write_vectors(folder, segments, kind, base, probe or self._encoder, self._tell)
+        if self.old and self.kept:
+            probe: Path | Encoder = self.folder / self.old.search_folder
+        else:
+            assert self._encoder is not None
+            probe = self._encoder
+        write_vectors(folder, segments, kind, base, probe, self._tell)
         return kind
 
     def _manifest(self, infos: list[SegmentInfo], kind: AnnKind | None, deleted: int) -> Manifest:

@@ -58,7 +58,10 @@ class Source:
     """
 
     def __init__(self, name: str, config: SourceConfig | None = None) -> None:
-        self.name, self.config = (name if name.startswith("hf:") else str(Path(name))), config or SourceConfig()
+        self.name, self.config = (
+            (name if name.startswith("hf:") else str(Path(name))),
+            config or SourceConfig(),
+        )
         self.skipped: list[str] = []
         """Documents that were left out, with the reason."""
         self.ignored = 0
@@ -165,10 +168,14 @@ def _dataset(spec: str, config: SourceConfig) -> Iterator[Passage]:
     name, _, query = spec.partition("?")
     chosen = dict(parse_qsl(query))
     if unknown := sorted(set(chosen) - set(_COLUMNS)):
-        raise ConfigError(f"hf:{spec} has an unknown option {unknown[0]!r}.", f"Known: {', '.join(_COLUMNS)}.")
+        raise ConfigError(
+            f"hf:{spec} has an unknown option {unknown[0]!r}.", f"Known: {', '.join(_COLUMNS)}."
+        )
     path, part, split = [*(piece or None for piece in name.split(":")), None, None][:3]
     if path is None:
-        raise ConfigError("The dataset's name is missing after 'hf:'.", "Write for instance hf:NAME?text=body.")
+        raise ConfigError(
+            "The dataset's name is missing after 'hf:'.", "Write for instance hf:NAME?text=body."
+        )
     try:
         from datasets import load_dataset
     except ImportError as exc:
@@ -195,7 +202,8 @@ def _rows(
         for name in [*chosen.values(), role["text"] or "text"]:
             if name not in columns:
                 raise ConfigError(
-                    f"{path} has no column {name!r}; it has {', '.join(columns)}.", "Name it: hf:NAME?text=COLUMN."
+                    f"{path} has no column {name!r}; it has {', '.join(columns)}.",
+                    "Name it: hf:NAME?text=COLUMN.",
                 )
         for number, row in enumerate(loaded[split]):
             where = f"{path}, split {split}, row {number}"

@@ -53,7 +53,7 @@ def _html(path: Path) -> Iterator[tuple[str, str]]:
 
 def _blocks(node: Any) -> Iterator[str]:
     """Blocks of text in their order; headings as in Markdown."""
-    from bs4 import NavigableString
+    from bs4.element import NavigableString
 
     inline: list[str] = []
     for child in node.children:

@@ -172,7 +172,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         if (folder / "unfinished").is_dir():
             raise RetrievalError(
-                f"The index {folder} is not finished.", "Run the same `agentkd index` command again: it goes on."
+                f"The index {folder} is not finished.",
+                "Run the same `agentkd index` command again: it goes on.",
             )
         raise RetrievalError(
             f"There is no index in {folder}.", f"Make one by: agentkd index SOURCE --out {folder}."
@@ -272,4 +273,3 @@ def builder_lock(folder: Path) -> Iterator[None]:
                 f"Another process is building {folder}.", "Wait for it, stop it, or choose another --out."
             ) from None
         yield
-

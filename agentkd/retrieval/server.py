@@ -102,13 +102,15 @@ class _Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
-        self.requests = Counter("agentkd_retriever_requests", "Requests by status.", ["status"], **own)
-        self.queries = Counter("agentkd_retriever_queries", "Queries searched.", **own)
-        self.seconds = Histogram("agentkd_retriever_seconds", "Seconds of a request.", **own)
-        sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+        own = self.registry
+        self.requests = Counter("agentkd_retriever_requests", "Requests by status.", ["status"], registry=own)
+        self.queries = Counter("agentkd_retriever_queries", "Queries searched.", registry=own)
+        self.seconds = Histogram("agentkd_retriever_seconds", "Seconds of a request.", registry=own)
         self.batch = Histogram(
-            "agentkd_retriever_batch_queries", "Queries searched together.", buckets=sizes, **own
+            "agentkd_retriever_batch_queries",
+            "Queries searched together.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+            registry=own,
         )
 
     def text(self) -> bytes:
@@ -174,8 +176,8 @@ def retriever_app(
 
 
 def _check_token(http: Request, token: str | None) -> None:
-    given = http.headers.get("authorization", "")
-    if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+    given = http.headers.get("authorization", "").encode("latin-1")
+    if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
         raise _Refused(401, "A bearer token is needed, and this is not it.")
 
 

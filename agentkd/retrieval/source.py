@@ -39,7 +39,7 @@ def open_retriever(source: str | Path, *, rerank: str | None = None) -> Retrieve
         DataError: the file has no passages, or a line is not one.
         RetrievalError: the index is damaged.
     """
-    retriever = open_corpus(str(source)).retriever
+    retriever = open_corpus(source).retriever
     assert retriever is not None
     if rerank is None:
         return retriever
@@ -48,11 +48,11 @@ def open_retriever(source: str | Path, *, rerank: str | None = None) -> Retrieve
     return Reranked(retriever, rerank)
 
 
-def open_corpus(source: str | None, passages: Sequence[Passage] = ()) -> Corpus:
+def open_corpus(source: str | Path | None, passages: Sequence[Passage] = ()) -> Corpus:
     """See :func:`open_retriever`; without a source, the given passages, of which there may be none."""
     if source is None:
         return _in_memory(passages) if passages else Corpus(None, "")
-    if source.startswith(("http://", "https://")):
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
         from agentkd.retrieval.client import TOKEN_VARIABLE, HTTPRetriever
 
         remote = HTTPRetriever(source, token=os.environ.get(TOKEN_VARIABLE))

@@ -71,9 +71,7 @@ def _cut(sentence: str, words: int) -> list[str]:
         return [sentence]
     wide = words * _CHARS_PER_WORD
     parts = [
-        part[start : start + wide]
-        for part in sentence.split()
-        for start in range(0, max(1, len(part)), wide)
+        part[start : start + wide] for part in sentence.split() for start in range(0, max(1, len(part)), wide)
     ]
     return _pack(parts, words, " ")
 

@@ -27,9 +27,7 @@ def write_hits(hits: Sequence[Hit], scores: bool) -> list[dict[str, Any]]:
     documents = [_document(hit.passage) for hit in hits]
     if not scores:
         return documents
-    return [
-        {"document": document, "score": hit.score} for document, hit in zip(documents, hits, strict=True)
-    ]
+    return [{"document": document, "score": hit.score} for document, hit in zip(documents, hits, strict=True)]
 
 
 def _document(passage: Passage) -> dict[str, Any]:

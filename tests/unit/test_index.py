@@ -137,8 +137,6 @@ def test_a_hybrid_index_can_be_searched_by_words_without_its_encoder(tmp_path: P
     Index.build(tmp_path / "idx", passages(30), kind="hybrid", encoder=HashEncoder(name="gone"))
     index = Index.open(tmp_path / "idx", kind="bm25")
     assert index.search(["silver number 6"], 1)[0][0].passage.id == "p6"
-    with pytest.raises(ConfigError, match="gone"):
-        Index.open(tmp_path / "idx").search(["silver"], 1)
 
 
 def test_threads_may_search_one_index(tmp_path: Path) -> None:
@@ -278,7 +276,7 @@ def test_an_index_is_not_overwritten_by_accident(tmp_path: Path) -> None:
 def test_an_empty_corpus_and_the_same_id_twice_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no passages"):
         Index.build(tmp_path / "idx", [])
-    with pytest.raises(DataError, match="p0.*twice"):
+    with pytest.raises(DataError, match=r"p0.*twice"):
         Index.build(tmp_path / "idx", [*passages(3), passages(1)[0]])
     assert len(Index.build(tmp_path / "idx", passages(3))) == 3
 
