@@ -28,7 +28,7 @@ __all__ = ["ANN", "AnnKind", "choose_kind"]
 
 AnnKind = Literal["flat", "hnsw", "ivf", "ivf-sq8"]
 
-FLAT_ROWS, HNSW_ROWS, IVF_ROWS = 50_000, 200_000, 5_000_000
+FLAT_ROWS, HNSW_ROWS, IVF_ROWS = 50_000, 100_000, 5_000_000
 """Up to how many vectors each kind is chosen; above the last one, the quantised kind."""
 _BLOCK = 16_384
 """Vectors read at a time while building: what is needed beside the index stays small."""
@@ -198,7 +198,7 @@ def _cells(rows: int) -> int:
 
 def _probes(cells: int) -> int:
     """Cells read for a query: a smaller share of more cells."""
-    return min(cells, max(8, round(2 * math.sqrt(cells))))
+    return min(cells, max(8, round(4 * math.sqrt(cells))))
 
 
 def _sample(rows: int, wanted: int, read: ReadRows) -> Vectors:

@@ -43,7 +43,7 @@ class HTTPRetriever:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url!r} is not the URL of a retriever.", "Write http://HOST:PORT.")
         self.url = url if parts.path.strip("/") else url.rstrip("/") + "/retrieve"
-        headers = {"Authorization": f"Bearer {token}".encode()} if token else {}
+        headers = {b"Authorization": f"Bearer {token}".encode()} if token else {}
         self._http = httpx.Client(headers=headers, timeout=timeout)
 
     def search(self, queries: Sequence[str], k: int = 3) -> list[list[Hit]]:

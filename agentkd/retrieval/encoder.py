@@ -163,21 +163,13 @@ def _load_model(name: str) -> Any:
         raise ConfigError(
             "sentence-transformers is not installed.", "Install it by: pip install 'agentkd[dense]'."
         ) from exc
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar of our own is on the screen while weights are read
-    try:
-        with boundary(
-            ConfigError,
-            f"loading the encoder {name}",
-            f'Give "{BUNDLED}", the folder of a sentence-transformers model, or a name on the hub '
-            "(that needs a network or a filled cache).",
-        ):
-            return SentenceTransformer(_where(name))
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with boundary(
+        ConfigError,
+        f"loading the encoder {name}",
+        f'Give "{BUNDLED}", the folder of a sentence-transformers model, or a name on the hub '
+        "(that needs a network or a filled cache).",
+    ):
+        return SentenceTransformer(_where(name))
 
 
 def _where(name: str) -> str:

@@ -146,7 +146,12 @@ def test_a_dataset(tmp_path: Path) -> None:
     found = rows(Source(f"hf:{path}"))
     assert found[0] == ("a", "A", "Text one.")
     assert [id for id, _, _ in found[1:4]] == ["b#0", "b#1", "b#2"]
-    for spec, said in (("?text=nope", "nope"), ("?txt=body", "txt"), ("::valid", "valid"), ("?text=n", "neither")):
+    for spec, said in (
+        ("?text=nope", "nope"),
+        ("?txt=body", "txt"),
+        ("::valid", "valid"),
+        ("?text=n", "neither"),
+    ):
         with pytest.raises((ConfigError, DataError), match=said):
             list(Source(f"hf:{path}{spec}"))
 
