@@ -191,14 +191,13 @@ def _empty(kind: AnnKind, rows: int, dimension: int) -> Any:
 
 
 def _cells(rows: int) -> int:
-    """About 2 * sqrt(rows), a power of two, and few enough for k-means."""
-    wanted = min(2 * math.sqrt(rows), rows / _TRAIN_PER_CELL)
-    return 1 << max(0, int(wanted).bit_length() - 1)
+    """About 2 * sqrt(rows), and few enough for k-means."""
+    return max(1, int(min(2 * math.sqrt(rows), rows / _TRAIN_PER_CELL)))
 
 
 def _probes(cells: int) -> int:
     """Cells read for a query: a smaller share of more cells."""
-    return min(cells, max(8, round(4 * math.sqrt(cells))))
+    return min(cells, max(8, round(3 * math.sqrt(cells))))
 
 
 def _sample(rows: int, wanted: int, read: ReadRows) -> Vectors:

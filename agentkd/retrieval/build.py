@@ -91,7 +91,7 @@ class IndexBuilder:
                 )
             staged = self._stage(passages, config, None)
             if staged is None:
-                raise DataError("The corpus has no passages.", "Give at least one passage to search in.")
+                raise _empty(source)
             return _Commit(self, config, old, []).run(staged, source, [])
 
     def add(self, passages: Iterable[Passage], *, source: str = "") -> Built:
@@ -105,7 +105,7 @@ class IndexBuilder:
             taken = [passage.id for _, passage in self._live(old)]
             staged = self._stage(passages, old.config, old, taken)
             if staged is None:
-                raise DataError("There are no passages to add.", "Check the source.")
+                raise _empty(source)
             return _Commit(self, old.config, old, old.segments).run(staged, source, [])
 
     def sync(self, passages: Iterable[Passage], *, source: str = "") -> Built:
@@ -138,7 +138,7 @@ class IndexBuilder:
 
             staged = self._stage(fresh(), old.config, old)
             if not seen:
-                raise DataError("The corpus has no passages.", "Give at least one passage to search in.")
+                raise _empty(source)
             gone = [*stale, *(row for id, row in rows.items() if id not in seen)]
             if staged is None and not gone:
                 return Built(old, 0, 0, 0)
@@ -188,6 +188,13 @@ class IndexBuilder:
         if old is not None and old.encoder is not None:
             check_probe(self.folder / old.search_folder, self._encoder, old.encoder.name)
         return stage(self.folder, passages, self._encoder, self._tell, taken=taken)
+
+
+def _empty(source: str) -> DataError:
+    return DataError(
+        f"{source or 'The corpus'} has no passages.",
+        "Give documents with text in them, or at least one line of JSON.",
+    )
 
 
 class _Commit:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["OFFSETS", "PASSAGES", "VECTORS", "Segment", "VectorWriter", "passage_line", "write_passages"]
 
 PASSAGES, OFFSETS, VECTORS = "passages.jsonl", "offsets.npy", "vectors.f32"
+_EVERY = 500
+"""Passages between two reports of progress."""
 _SPACE = "Free some space, then run the same command again: it goes on."
 
 
@@ -35,18 +37,23 @@ def write_passages(
         folder: gets ``passages.jsonl`` and ``offsets.npy``.
         passages: in the order of their rows.
         taken: ids that are in the index already.
-        on_row: told how many are written.
+        on_row: told now and then how many are written.
 
     Raises:
-        DataError: no passages at all, or an id stands there twice.
+        DataError: an id stands there twice, or is taken.
     """
     import numpy as np
 
-    seen, offsets = set(taken), [0]
+    known, seen, offsets = set(taken), set[str](), [0]
     with boundary(StorageError, f"writing {folder}", _SPACE):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / PASSAGES).open("wb") as file:
             for passage in passages:
+                if passage.id in known:
+                    raise DataError(
+                        f"The index has a passage {json.dumps(passage.id)} already.",
+                        "Delete it first, or give the new one another id.",
+                    )
                 if passage.id in seen:
                     raise DataError(
                         f"The passage id {json.dumps(passage.id)} stands there twice.", "Make the ids unique."
@@ -55,9 +62,11 @@ def write_passages(
                 line = passage_line(passage)
                 file.write(line)
                 offsets.append(offsets[-1] + len(line))
-                if on_row:
+                if on_row and len(offsets) % _EVERY == 0:
                     on_row(len(offsets) - 1)
         np.save(folder / OFFSETS, np.array(offsets, np.int64))
+    if on_row:
+        on_row(len(offsets) - 1)
     return len(offsets) - 1
 
 

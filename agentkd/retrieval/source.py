@@ -37,7 +37,7 @@ def open_retriever(source: str | Path, *, rerank: str | None = None) -> Retrieve
     Raises:
         ConfigError: it is none of these, or an extra is missing.
         DataError: the file has no passages, or a line is not one.
-        RetrievalError: the index is damaged.
+        RetrievalError: the index is damaged, or the retriever does not answer.
     """
     retriever = open_corpus(source).retriever
     assert retriever is not None
@@ -56,6 +56,7 @@ def open_corpus(source: str | Path | None, passages: Sequence[Passage] = ()) -> 
         from agentkd.retrieval.client import TOKEN_VARIABLE, HTTPRetriever
 
         remote = HTTPRetriever(source, token=os.environ.get(TOKEN_VARIABLE))
+        remote.search(["ready?"], 1)  # a retriever that is not there is noticed before anything is begun
         return Corpus(remote, remote.url)
     path = Path(source)
     if path.is_dir():

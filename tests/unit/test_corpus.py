@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agentkd.errors import ConfigError, DataError
+from agentkd.errors import ConfigError, DataError, RetrievalError
 from agentkd.retrieval import Passage
 from agentkd.retrieval.corpus import MAX_LINE, Source, SourceConfig
 from agentkd.retrieval.index import Index
@@ -193,7 +193,8 @@ def test_what_a_corpus_may_be(tmp_path: Path) -> None:
     in_memory = open_corpus(None, [one])
     assert in_memory.identity == open_corpus(str(tmp_path / "one.jsonl")).identity
     assert open_corpus(None).retriever is None
-    assert open_corpus("http://127.0.0.1:9").identity == "http://127.0.0.1:9/retrieve"
+    with pytest.raises(RetrievalError, match="Cannot reach"):
+        open_corpus("http://127.0.0.1:9")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no passages"):
         open_corpus(str(tmp_path / "empty.jsonl"))

@@ -16,6 +16,7 @@ from agentkd.errors import ConfigError, RetrievalError
 from agentkd.retrieval import Hit, Passage
 from agentkd.retrieval.bm25 import BM25Retriever
 from agentkd.retrieval.client import HTTPRetriever
+from agentkd.retrieval.source import open_corpus
 
 server = pytest.importorskip("agentkd.retrieval.server", reason="the serve extra is not installed")
 from agentkd.serve import Server  # noqa: E402
@@ -57,6 +58,13 @@ def test_the_client_finds_what_the_retriever_finds(url: str) -> None:
         assert client.search(["silver"], 0) == [[]]
         assert client.search([], 3) == []
         client.close()
+
+
+def test_a_corpus_may_be_a_url(url: str) -> None:
+    corpus = open_corpus(url)
+    assert corpus.identity == f"{url}/retrieve"
+    assert corpus.retriever is not None
+    assert corpus.retriever.search(["painter"], 1)[0][0].passage.id == "2"
 
 
 def test_many_queries_go_in_several_requests(url: str) -> None:
