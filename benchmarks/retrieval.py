@@ -139,7 +139,12 @@ def quality(
     else:
         console.print("hybrid + rerank: left out, no --reranker was given")
     sets = [*SETS, "all"]
-    table = Table("system", *(f"{name} @{k}" for name in sets for k in (5, 10)), "queries/s", title="Recall")
+    table = Table(
+        "system",
+        *(f"{name.removesuffix('qa')} @{k}" for name in sets for k in (5, 10)),
+        "queries/s",
+        title="Recall",
+    )
     metrics: dict[str, float] = {}
     for label, opened in systems.items():
         retriever = opened()
@@ -193,7 +198,7 @@ def latency(work: Path, queries: list[str], console: Console) -> dict[str, float
     metrics: dict[str, float] = {}
     for kind in ("bm25", "hybrid"):
         command = [sys.executable, "-m", "agentkd", "retriever", str(work / kind), "--port", "0", "--json"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             assert process.stdout is not None
             url = json.loads(process.stdout.readline())["url"]

@@ -173,10 +173,13 @@ def _faiss() -> Any:
 def _empty(kind: AnnKind, rows: int, dimension: int) -> Any:
     faiss = _faiss()
     if kind == "flat":
-        return faiss.IndexFlatIP(dimension)
+        index = faiss.IndexFlatIP(dimension)
+        _reserve(index.codes, 4 * rows * dimension)
+        return index
     if kind == "hnsw":
         index = faiss.IndexHNSWFlat(dimension, _NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = _EF_BUILD
+        _reserve(faiss.downcast_index(index.storage).codes, 4 * rows * dimension)
         return index
     cells = _cells(rows)
     coarse = faiss.IndexFlatIP(dimension)
@@ -188,6 +191,12 @@ def _empty(kind: AnnKind, rows: int, dimension: int) -> Any:
     index.cp.seed = 0
     index.cp.min_points_per_centroid = 1  # a small corpus is no mistake
     return index
+
+
+def _reserve(codes: Any, size: int) -> None:
+    """Room for all vectors at once: growing by doubling would hold up to twice as much."""
+    codes.resize(size)
+    codes.resize(0)
 
 
 def _cells(rows: int) -> int:
