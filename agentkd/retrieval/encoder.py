@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["BUNDLED", "Encoder", "SentenceEncoder", "check_vectors", "load_encoder", "prefixes"]
+__all__ = ["BUNDLED", "Encoder", "SentenceEncoder", "check_vectors", "load_encoder", "model_path", "prefixes"]
 
 BUNDLED = "minilm"
 """The encoder that is installed from the package registry, for use without a network."""
@@ -169,10 +169,11 @@ def _load_model(name: str) -> Any:
         f'Give "{BUNDLED}", the folder of a sentence-transformers model, or a name on the hub '
         "(that needs a network or a filled cache).",
     ):
-        return SentenceTransformer(_where(name))
+        return SentenceTransformer(model_path(name))
 
 
-def _where(name: str) -> str:
+def model_path(name: str) -> str:
+    """Where sentence-transformers finds an encoder: the folder of the bundled one, or the name itself."""
     if name != BUNDLED:
         return name
     spec = importlib.util.find_spec(_BUNDLED_PACKAGE)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agentkd.errors import ConfigError, DataError
-from agentkd.record import iter_jsonl
 from agentkd.retrieval import Passage, Retriever
 
 __all__ = ["Corpus", "open_corpus", "open_retriever"]
@@ -30,8 +29,9 @@ def open_retriever(source: str | Path, *, rerank: str | None = None) -> Retrieve
     """Open what a user named.
 
     Args:
-        source: the folder of an index, a JSON Lines file of passages (searched by BM25), or the
-            URL of a retriever, whose token is taken from ``AGENTKD_RETRIEVER_TOKEN``.
+        source: the folder of an index, a file that :class:`agentkd.retrieval.corpus.Source` reads
+            (searched by BM25 in memory), or the URL of a retriever, whose token is taken from
+            ``AGENTKD_RETRIEVER_TOKEN``.
         rerank: a cross-encoder that puts the best passages in order.
 
     Raises:
@@ -65,7 +65,9 @@ def open_corpus(source: str | Path | None, passages: Sequence[Passage] = ()) -> 
         index = Index.open(path)
         return Corpus(index, index.manifest.identity)
     if path.is_file():
-        found = list(iter_jsonl(path, Passage))
+        from agentkd.retrieval.corpus import Source
+
+        found = list(Source(str(source)))
         if not found:
             raise DataError(
                 f"{path} has no passages.", 'Write one JSON object a line: {"id", "title", "text"}.'
