@@ -16,8 +16,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfi
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Workers = Annotated[int, typer.Option(min=1, help="Rollouts in flight.")]
 Sandbox = Annotated[
-    str | None,
-    typer.Option(help='Where model-written code runs: "local" (a child process, not a security boundary).'),
+    str, typer.Option(help='Where model-written code runs: "fork", "e2b", "docker" or "local" (no boundary).')
 ]
 
 
