@@ -8,8 +8,8 @@
              ones: the chosen approximate index against exact search, for the real questions.
 
 The passages are read from ``../shared/data/corpus``, or below the folder named by
-AGENTKD_SHARED_DATA. About a quarter of an hour on two cores, most of it encoding; ``--quick`` takes a tenth of the
-passages and of the vectors. The last line is one JSON object.
+AGENTKD_SHARED_DATA. About a quarter of an hour on two cores, most of it encoding; ``--quick`` takes a
+tenth of the passages and of the vectors. The last line is one JSON object.
 """
 
 from __future__ import annotations
