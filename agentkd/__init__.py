@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from agentkd.record import load_tasks, read_trajectories
     from agentkd.retrieval import Passage, Retriever
     from agentkd.retrieval.bm25 import BM25Retriever
+    from agentkd.retrieval.client import HTTPRetriever
+    from agentkd.retrieval.index import Index
     from agentkd.rollout import run_rollouts
     from agentkd.scorer import score
     from agentkd.task import Task
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "BM25Retriever": "agentkd.retrieval.bm25",
+    "HTTPRetriever": "agentkd.retrieval.client",
+    "Index": "agentkd.retrieval.index",
     "Passage": "agentkd.retrieval",
     "Retriever": "agentkd.retrieval",
     "Step": "agentkd.trajectory",
@@ -51,6 +55,8 @@ _WHERE = {
 
 __all__ = [
     "BM25Retriever",
+    "HTTPRetriever",
+    "Index",
     "Passage",
     "Retriever",
     "Step",

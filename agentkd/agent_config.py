@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentkd.retrieval import Passage
+from agentkd.retrieval import Retriever
 from agentkd.sampler import SamplerConfig, SelfConsistentSampler
 from agentkd.sandbox import DEFAULT_BACKEND
 from agentkd.task import Task
@@ -47,6 +47,8 @@ class AgentConfig(BaseModel):
     """How each action is chosen among several; None takes the one the model gives."""
     search_k: int = Field(default=3, ge=1)
     """Passages that one search returns."""
+    search_tokens: int | None = Field(default=1024, ge=16)
+    """Tokens that one search returns at most, as estimated by the search tool; None for no limit."""
     max_seconds: float | None = None
     """Wall-clock limit of one rollout."""
     action_seconds: float = Field(default=10.0, gt=0)
@@ -55,14 +57,13 @@ class AgentConfig(BaseModel):
     """Seconds for one call of the endpoint."""
 
 
-def search_tools(passages: Sequence[Passage], k: int) -> list[Tool]:
-    """The ``search`` tool over a corpus; no tool for an empty one."""
-    if not passages:
+def search_tools(retriever: Retriever | None, config: AgentConfig) -> list[Tool]:
+    """The ``search`` tool over a retriever; no tool where there is nothing to search."""
+    if retriever is None:
         return []
-    from agentkd.retrieval.bm25 import BM25Retriever
     from agentkd.tool import load_tool
 
-    return [load_tool("search", retriever=BM25Retriever(passages), k=k)]
+    return [load_tool("search", retriever=retriever, k=config.search_k, max_tokens=config.search_tokens)]
 
 
 def agent_factory(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from agentkd.commands import doctor
+from agentkd.commands import retrieval as retrieval_commands
 from agentkd.errors import AgentkdError, ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ app = typer.Typer(
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it goes on.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Corpus = Annotated[
+    str | None, typer.Option(help="What is searched: passages (.jsonl), an index, or a retriever's URL.")
+]
 Workers = Annotated[int, typer.Option(min=1, help="Rollouts in flight.")]
 Sandbox = Annotated[
     str, typer.Option(help='Where model-written code runs: "fork", "e2b", "docker" or "local" (no boundary).')
@@ -182,7 +186,7 @@ def collect(
         str, typer.Option(help='"agent" (code and tools) or "cot" (chain of thought).')
     ] = "agent",
     sandbox: Sandbox = "fork",
-    corpus: Annotated[Path | None, typer.Option(help="Passages (JSONL) for the search tool.")] = None,
+    corpus: Corpus = None,
     first_thought: Annotated[
         bool,
         typer.Option(
@@ -370,7 +374,7 @@ def evaluate(
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
     kind: Annotated[str | None, typer.Option(help='"agent" or "cot"; the student\'s own by default.')] = None,
     sandbox: Sandbox = "fork",
-    corpus: Annotated[Path | None, typer.Option(help="Passages (JSONL) for the search tool.")] = None,
+    corpus: Corpus = None,
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
     workers: Workers = 32,
@@ -478,6 +482,7 @@ def _version(value: bool) -> None:
 
 
 doctor.register(app)
+retrieval_commands.register(app)
 
 
 @app.callback()

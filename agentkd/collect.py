@@ -1,6 +1,7 @@
 """Collection: a teacher solves tasks and leaves trajectories.
 
-A run is a folder: ``tasks.jsonl``, ``passages.jsonl`` where there is a corpus,
+A run is a folder: ``tasks.jsonl``, ``corpus.json`` (what is searched; and ``passages.jsonl`` with it,
+where the passages were in memory),
 ``trajectories.jsonl`` (append-only, finished rollouts), ``errors.jsonl`` (rollouts whose last
 try ended by an error) and ``manifest.json``, which closes it. A run that was stopped goes on
 where it stopped. With first thoughts there is a folder ``first-thought/`` in it, see
@@ -26,6 +27,7 @@ from agentkd.first_thought import (
 from agentkd.model import check_endpoint
 from agentkd.record import iter_jsonl, load_tasks, read_json, write_json, write_jsonl, write_manifest
 from agentkd.retrieval import Passage
+from agentkd.retrieval.source import Corpus, open_corpus
 from agentkd.rollout import Progress, run_rollouts
 from agentkd.scorer import check_scorers
 from agentkd.task import Task
@@ -49,8 +51,9 @@ class CollectConfig(BaseModel):
     agent: AgentConfig = AgentConfig()
     first_thought: FirstThoughtConfig | None = None
     """Begin each agent's first step with the first thought of a chain of thought; None: do not."""
-    corpus: Path | None = None
-    """JSON Lines of {"id", "title", "text"} for the search tool; the taskset's own by default."""
+    corpus: str | Path | None = None
+    """What the search tool searches: JSON Lines of {"id", "title", "text"}, the folder of an index, or the
+    URL of a retriever; the taskset's own passages by default."""
     samples: int = Field(default=1, ge=1)
     """Rollouts of each task."""
     workers: int = Field(default=16, ge=1)
@@ -103,14 +106,14 @@ def collect(
         raise ConfigError(
             "A chain of thought has no first step to begin.", "Use first thoughts with --kind agent."
         )
-    tasks, passages = _inputs(config, out)
+    tasks, corpus = _inputs(config, out)
     log = out / "trajectories.jsonl"
     wanted = len(tasks) * config.samples
-    tools = search_tools(passages, config.agent.search_k)
+    tools = search_tools(corpus.retriever, config.agent)
     check_scorers(tasks)
     if _finished(log) < wanted:
         check_endpoint(config.agent.api_base, config.agent.model, config.agent.api_key)
-    _begin(config, out, tasks, passages)  # only now: a mistake above must not bind the folder to it
+    _begin(config, out, tasks, corpus)  # only now: a mistake above must not bind the folder to it
     make_agent = agent_factory(config.agent, tools)
     thoughts = _first_thoughts(config, tasks, out, _finished(log) < wanted, on_first_thought)
     if thoughts is not None:
@@ -177,8 +180,8 @@ def _finished(log: Path) -> int:
         return sum(line.endswith(b"\n") for line in file)
 
 
-def _inputs(config: CollectConfig, out: Path) -> tuple[Sequence[Task], Sequence[Passage]]:
-    """The run's tasks and passages, compared with those of the first start."""
+def _inputs(config: CollectConfig, out: Path) -> tuple[Sequence[Task], Corpus]:
+    """The run's tasks and corpus, compared with those of the first start."""
     taskset = load_taskset(config.tasks, config.split, config.n, config.seed)
     if not taskset.tasks:
         raise DataError(f"The taskset {config.tasks!r} has no tasks.", "Check --tasks, --split and --n.")
@@ -189,27 +192,30 @@ def _inputs(config: CollectConfig, out: Path) -> tuple[Sequence[Task], Sequence[
             "Choose another --out, or give the settings of that run.",
         )
     _same_agent(out, config)
-    passages: Sequence[Passage] = taskset.passages
-    if config.corpus is not None:
-        passages = list(iter_jsonl(config.corpus, Passage))
-    if stored.is_file() and _passages(out) != list(passages):
+    corpus = open_corpus(config.corpus, taskset.passages)
+    if stored.is_file() and _corpus_identity(out) != corpus.identity:
         raise ConfigError(
             f"{out} holds a run with another corpus.", "Choose another --out, or give that corpus."
         )
-    return taskset.tasks, passages
+    return taskset.tasks, corpus
 
 
-def _passages(out: Path) -> list[Passage]:
-    path = out / "passages.jsonl"
-    return list(iter_jsonl(path, Passage)) if path.is_file() else []
+def _corpus_identity(out: Path) -> str:
+    path = out / "corpus.json"
+    if path.is_file():
+        return str(read_json(path)["identity"])
+    passages = out / "passages.jsonl"  # of a run that has no corpus.json
+    return open_corpus(None, list(iter_jsonl(passages, Passage)) if passages.is_file() else ()).identity
 
 
-def _begin(config: CollectConfig, out: Path, tasks: Sequence[Task], passages: Sequence[Passage]) -> None:
+def _begin(config: CollectConfig, out: Path, tasks: Sequence[Task], corpus: Corpus) -> None:
     """Write what later starts are compared with; the tasks last."""
     if not (out / "config.json").is_file():
         write_json(out / "config.json", _settings(config))
-    if passages:
-        write_jsonl(out / "passages.jsonl", passages)
+    if corpus.passages:
+        write_jsonl(out / "passages.jsonl", corpus.passages)
+    source = None if config.corpus is None else str(config.corpus)
+    write_json(out / "corpus.json", {"source": source, "identity": corpus.identity})
     write_jsonl(out / "tasks.jsonl", tasks)
 
 

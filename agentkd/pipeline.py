@@ -3,7 +3,7 @@
 ::
 
     OUT/recipe.json
-    OUT/train/tasks.jsonl, passages.jsonl      OUT/test/tasks.jsonl, passages.jsonl
+    OUT/train/tasks.jsonl, passages.jsonl, index/    OUT/test/tasks.jsonl, passages.jsonl, index/
     OUT/collect-agent, OUT/collect-cot         trajectories of the teacher
     OUT/kept-agent, OUT/kept-cot               what was kept, and why the rest was not
     OUT/students/NAME                          adapters
@@ -40,7 +40,8 @@ from agentkd.record import (
     write_json,
     write_jsonl,
 )
-from agentkd.retrieval import Passage
+from agentkd.retrieval import Passage, Retriever
+from agentkd.retrieval.source import open_corpus, open_retriever
 from agentkd.rollout import Progress, rollout
 from agentkd.task import Task
 from agentkd.taskset import load_taskset
@@ -57,8 +58,13 @@ BASE = "base"
 
 class _Data(NamedTuple):
     tasks: list[Task]
-    passages: list[Passage]
     folder: Path
+    corpus: Path | None
+    """Index that the search tool searches, where the tasks come with passages."""
+
+    @property
+    def retriever(self) -> Retriever | None:
+        return open_retriever(self.corpus) if self.corpus else None
 
 
 def quickstart(
@@ -130,9 +136,21 @@ def _data(recipe: Recipe, out: Path, split: str) -> _Data:
         if passages:
             write_jsonl(folder / "passages.jsonl", passages)
         write_jsonl(folder / "tasks.jsonl", tasks)
-    stored = folder / "passages.jsonl"
-    passages = list(iter_jsonl(stored, Passage)) if stored.is_file() else []
-    return _Data(load_tasks(folder / "tasks.jsonl"), passages, folder)
+    return _Data(load_tasks(folder / "tasks.jsonl"), folder, _index(recipe, folder))
+
+
+def _index(recipe: Recipe, folder: Path) -> Path | None:
+    """The index of a split's passages, built once."""
+    from agentkd.retrieval.index import Index
+
+    passages, index = folder / "passages.jsonl", folder / "index"
+    if not passages.is_file():
+        return None
+    if not (index / "manifest.json").is_file():
+        Index.build(
+            index, iter_jsonl(passages, Passage), kind=recipe.retrieval, encoder=recipe.retrieval_encoder
+        )
+    return index
 
 
 def _mix(parts: Sequence[TaskMix], split: str, seed: int) -> tuple[list[Task], list[Passage]]:
@@ -208,7 +226,7 @@ def _collect_config(
     teacher = recipe.teacher
     return CollectConfig(
         tasks=str(train.folder / "tasks.jsonl"),
-        corpus=train.folder / "passages.jsonl" if train.passages else None,
+        corpus=train.corpus,
         seed=recipe.seed,
         agent=AgentConfig(
             model=model,
@@ -292,7 +310,7 @@ def _evaluate(
         tasks,
         source,
         folder,
-        passages=test.passages,
+        retriever=test.retriever,
         workers=32,
         groups=recipe.groups,
         on_progress=show.rollouts,
@@ -332,7 +350,7 @@ def _ask(recipe: Recipe, out: Path, test: _Data) -> dict[str, str] | None:
                 search_k=recipe.search_k,
                 max_tokens=recipe.max_tokens,
             )
-            agent = agent_factory(config, search_tools(test.passages, config.search_k))
+            agent = agent_factory(config, search_tools(test.retriever, config))
             task = Task(id="ask", question=recipe.ask)
             worker = agent(task, 0)
             try:
@@ -437,7 +455,7 @@ def evaluate_command(
     endpoint: tuple[str | None, str | None, str | None],
     kind: str | None,
     sandbox: str,
-    corpus: Path | None,
+    corpus: str | None,
     temperature: float,
     max_tokens: int,
     workers: int,
@@ -450,7 +468,7 @@ def evaluate_command(
     if api_base is not None and model is None:
         raise ConfigError("No model was named.", "Pass --model as the endpoint lists it.")
     taskset = load_taskset(tasks, split, n, seed)
-    passages = list(iter_jsonl(corpus, Passage)) if corpus else list(taskset.passages)
+    retriever = open_corpus(corpus, taskset.passages).retriever
     chosen: Any = kind
 
     @contextmanager
@@ -467,7 +485,7 @@ def evaluate_command(
 
     label = Path(student).name if student else str(model)
     result, _ = run_evaluation(
-        label, taskset.tasks, source, out, passages=passages, workers=workers, on_progress=on_progress
+        label, taskset.tasks, source, out, retriever=retriever, workers=workers, on_progress=on_progress
     )
     return result, comparison_table([result])
 

@@ -84,6 +84,10 @@ class Recipe(_Part):
     """Where model-written code runs: "fork", "e2b", "docker" or "local"."""
     search_k: int = Field(default=3, ge=1)
     """Passages that one search returns, for teacher and students alike."""
+    retrieval: Literal["bm25", "dense", "hybrid"] = "bm25"
+    """How passages are searched, for teacher and students alike; "bm25" needs no encoder."""
+    retrieval_encoder: str | None = None
+    """Encoder of a dense or hybrid index; "minilm" where none is named."""
     max_tokens: int = Field(default=256, ge=1)
     """Sampled tokens of one step at evaluation."""
     notes: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from agentkd.agent_config import AgentConfig, agent_factory, search_tools
 from agentkd.errors import ConfigError, ProviderError
 from agentkd.evaluate.figures import SystemResult, summarise
 from agentkd.record import load_tasks, write_json, write_jsonl, write_manifest
-from agentkd.retrieval import Passage
+from agentkd.retrieval import Retriever
 from agentkd.rollout import Progress, finished_rollouts, run_rollouts
 from agentkd.task import Task
 from agentkd.trajectory import Trajectory
@@ -25,7 +25,7 @@ def run_evaluation(
     system: Callable[[], AbstractContextManager[tuple[AgentConfig, Any]]],
     out: Path,
     *,
-    passages: Sequence[Passage] = (),
+    retriever: Retriever | None = None,
     workers: int = 32,
     groups: Mapping[str, Sequence[str]] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -38,7 +38,7 @@ def run_evaluation(
         system: opens the system: its settings and its model (None: the endpoint in the settings).
             It is not opened when nothing is left to run.
         out: folder for ``trajectories.jsonl``, ``result.json`` and ``manifest.json``.
-        passages: what the search tool searches.
+        retriever: what the search tool searches.
         workers: rollouts in flight.
         groups: see :func:`summarise`.
 
@@ -54,7 +54,7 @@ def run_evaluation(
     trajectories = [known[key] for task in tasks if (key := f"{task.id}#0") in known]
     if len(trajectories) < len(tasks):
         with system() as (config, model):
-            factory = agent_factory(config, search_tools(passages, config.search_k), model)
+            factory = agent_factory(config, search_tools(retriever, config), model)
             settings = config.model_dump(mode="json")
             trajectories = run_rollouts(
                 tasks, factory, log, workers=workers, config=settings, on_progress=on_progress

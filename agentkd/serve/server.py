@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from agentkd.errors import ConfigError, ProviderError
 from agentkd.serve.app import create_app
 from agentkd.serve.backend import ChatBackend, student_backend
 
-__all__ = ["Server", "serve_forever", "serve_student"]
+__all__ = ["Server", "serve_app", "serve_forever", "serve_student"]
 
 _GRACE = 2
 """Seconds that running requests get when the server stops."""
@@ -44,9 +44,14 @@ class Server:
         )
 
     @property
+    def address(self) -> str:
+        """``http://HOST:PORT``."""
+        return _address(self.host, self.port)
+
+    @property
     def url(self) -> str:
         """The base URL that OpenAI clients want; ends in ``/v1``."""
-        return _url(self.host, self.port)
+        return f"{self.address}/v1"
 
     def start(self) -> Self:
         """Listen; returns when requests are answered.
@@ -82,12 +87,33 @@ def serve_forever(backends: Sequence[ChatBackend], *, host: str = "127.0.0.1", p
         ConfigError: the address cannot be listened on.
         KeyboardInterrupt: after a clean stop by Ctrl-C.
     """
+
+    def say(address: str) -> None:
+        for backend in backends:
+            print(
+                f"Serving {backend.model_id} ({backend.label}) at {address}/v1. Ctrl-C stops.",
+                file=sys.stderr,
+            )
+
+    serve_app(create_app(backends), host=host, port=port, say=say)
+
+
+def serve_app(app: Any, *, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve any ASGI application on the calling thread until SIGINT or SIGTERM.
+
+    Args:
+        app: the application.
+        host, port: where to listen; port 0 takes a free one.
+        say: told ``http://HOST:PORT`` as soon as connections are taken.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+        KeyboardInterrupt: after a clean stop by Ctrl-C.
+    """
     listener = _listen(host, port)
-    url = _url(host, int(listener.getsockname()[1]))
-    for backend in backends:
-        print(f"Serving {backend.model_id} ({backend.label}) at {url}. Ctrl-C stops.", file=sys.stderr)
+    say(_address(host, int(listener.getsockname()[1])))
     try:
-        _uvicorn(create_app(backends)).run([listener])
+        _uvicorn(app).run([listener])
     finally:
         listener.close()
 
@@ -104,7 +130,9 @@ def serve_student(path: Path | str, *, host: str = "127.0.0.1", port: int = 8000
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # The protocol is named because asyncio turns Nagle's algorithm off only where it is: without it
+        # every answer to a client that keeps its connection waits 40 ms for an acknowledgement.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(512)
@@ -115,9 +143,9 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _url(host: str, port: int) -> str:
+def _address(host: str, port: int) -> str:
     name = f"[{host}]" if ":" in host else host
-    return f"http://{name}:{port}/v1"
+    return f"http://{name}:{port}"
 
 
 def _uvicorn(app: Any) -> uvicorn.Server:

@@ -11,7 +11,18 @@ import pytest
 
 import agentkd
 
-COMMANDS = ["collect", "filter", "distill", "evaluate", "serve", "quickstart", "run", "doctor"]
+COMMANDS = [
+    "index",
+    "retriever",
+    "collect",
+    "filter",
+    "distill",
+    "evaluate",
+    "serve",
+    "quickstart",
+    "run",
+    "doctor",
+]
 
 HEAVY = "torch transformers peft smolagents openai numpy pandas datasets fastapi uvicorn bm25s reasoning_gym"
 
@@ -23,6 +34,8 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_public_names() -> None:
     assert sorted(agentkd.__all__) == [
         "BM25Retriever",
+        "HTTPRetriever",
+        "Index",
         "Passage",
         "Retriever",
         "Step",
@@ -120,6 +133,14 @@ def test_every_command_has_a_test_here() -> None:
         (["serve", "{tmp}"], 2, "student"),
         (["run", "{tmp}/r.toml", "--out", "{tmp}"], 2, "recipe"),
         (["nonsense"], 2, "nonsense"),
+        (["index", "{tmp}/nothing", "--out", "{tmp}/i"], 2, "There is no"),
+        (["index", "{tmp}", "--out", "{tmp}/i"], 3, "no passages"),
+        (["index", "{tmp}"], 2, "--out"),
+        (["index", "{tmp}", "--query", "x"], 2, "no index"),
+        (["index", "{tmp}", "--out", "{tmp}/i", "--kind", "colour"], 2, "kind"),
+        (["index", "{tmp}", "--out", "{tmp}/i", "--kind", "bm25", "--encoder", "minilm"], 2, "encoder"),
+        (["retriever", "{tmp}"], 6, "agentkd index"),
+        (["retriever", "{tmp}/nothing"], 2, "no corpus"),
         (["evaluate", "{tmp}", "--tasks", "gym:lcm", "--n", "2", "--out", "{tmp}/e"], 2, "kind"),
     ],
 )  # fmt: skip
