@@ -377,6 +377,12 @@ def evaluate(
     corpus: Corpus = None,
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    actions: Annotated[
+        int,
+        typer.Option(
+            min=1, max=64, help="Actions sampled at each step, at most; their majority acts. 1: no sampling."
+        ),
+    ] = 1,
     workers: Workers = 32,
     seed: int = 0,
     as_json: Json = False,
@@ -400,6 +406,7 @@ def evaluate(
             temperature=temperature,
             max_tokens=max_tokens,
             workers=workers,
+            actions=actions,
             on_progress=show,
         )
     if as_json:

@@ -43,6 +43,7 @@ from agentkd.record import (
 from agentkd.retrieval import Passage, Retriever
 from agentkd.retrieval.source import open_corpus, open_retriever
 from agentkd.rollout import Progress, rollout
+from agentkd.sampler import SamplerConfig
 from agentkd.task import Task
 from agentkd.taskset import load_taskset
 from agentkd.trajectory import Trajectory
@@ -459,6 +460,7 @@ def evaluate_command(
     temperature: float,
     max_tokens: int,
     workers: int,
+    actions: int,
     on_progress: Callable[[Progress], None] | None,
 ) -> tuple[SystemResult, Any]:
     """What ``agentkd evaluate`` does; returns the figures and a table of them."""
@@ -470,18 +472,20 @@ def evaluate_command(
     taskset = load_taskset(tasks, split, n, seed)
     retriever = open_corpus(corpus, taskset.passages).retriever
     chosen: Any = kind
+    sampling = {"sampler": SamplerConfig(n=actions, seed=seed) if actions > 1 else None}
 
     @contextmanager
     def source() -> Iterator[tuple[AgentConfig, Any]]:
         if student is None:
-            yield _endpoint_config(api_base, model, api_key, chosen, sandbox, temperature, max_tokens), None
+            config = _endpoint_config(api_base, model, api_key, chosen, sandbox, temperature, max_tokens)
+            yield config.model_copy(update=sampling), None
             return
         from agentkd.system import open_system
 
         with open_system(
             student, kind=chosen, sandbox=sandbox, temperature=temperature, max_tokens=max_tokens
         ) as system:
-            yield system
+            yield system.config.model_copy(update=sampling), system.model
 
     label = Path(student).name if student else str(model)
     result, _ = run_evaluation(
