@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agentkd.errors import ProviderError
-from agentkd.model import provider_error
+from agentkd.model import provider_error, token_usage
 from agentkd.trajectory import Usage, valid_text
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ class StepDraw:
             self.seconds += time.monotonic() - began
         drafts = _drafts(answer)
         self.answers.append(answer)
-        if (used := answer.token_usage) is not None:
-            self.usage += Usage(input_tokens=used.input_tokens, output_tokens=used.output_tokens)
+        self.usage += token_usage(answer)
         return drafts
 
     @property
