@@ -105,12 +105,20 @@ def filter_command(
     min_score: Annotated[float, typer.Option(min=0, max=1, help="Lowest score that is kept.")] = 1.0,
     allow_parse_errors: Annotated[bool, typer.Option(help="Keep steps without a valid code block.")] = False,
     per_task: Annotated[int, typer.Option(min=1, help="Trajectories kept of one task.")] = 1,
+    max_similarity: Annotated[float, typer.Option(min=0, max=1, help="Near duplicates are dropped.")] = 0.9,
+    per_difficulty: Annotated[int | None, typer.Option(min=1, help="Kept of each difficulty.")] = None,
     as_json: Json = False,
 ) -> None:
     """Keep what is worth learning from: `kept.jsonl`, and `dropped.jsonl` with every reason."""
     from agentkd.filter import FilterConfig, filter_run
 
-    config = FilterConfig(min_score=min_score, allow_parse_errors=allow_parse_errors, per_task=per_task)
+    config = FilterConfig(
+        min_score=min_score,
+        allow_parse_errors=allow_parse_errors,
+        per_task=per_task,
+        max_similarity=max_similarity,
+        per_difficulty=per_difficulty,
+    )
     result = filter_run(source, out, config)
     figures = {"kept": len(result.kept), "dropped": len(result.dropped), "reasons": dict(result.reasons)}
     if as_json:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,4 +145,26 @@ def test_the_shortest_of_each_task_is_kept(tasks: Path, tmp_path: Path) -> None:
         collect(config(tasks, endpoint.url, samples=2), tmp_path / "run")
     result = filter_run(tmp_path / "run", tmp_path / "kept", FilterConfig(per_task=1))
     assert len(result.kept) == 4
-    assert result.reasons["enough"] == 4
+    assert result.reasons["near duplicate"] == 4  # the teacher says the same each time
+
+
+def varied(messages: list[dict[str, Any]]) -> str:
+    """Thinks otherwise at each sample; is right for two tasks of three."""
+    if len(messages) == 1:
+        return "ok"
+    number = int(messages[1]["content"].split()[-1])
+    thought = " ".join(str(hash((number, time.monotonic_ns(), i)) % 1000) for i in range(12))
+    return action(thought, f"final_answer({number + 1 if number % 3 else 0})")
+
+
+def test_different_ones_of_a_task_are_kept_and_difficulties_balanced(tasks: Path, tmp_path: Path) -> None:
+    with FakeEndpoint(varied) as endpoint:
+        collect(config(tasks, endpoint.url, samples=2), tmp_path / "run")
+    result = filter_run(tmp_path / "run", tmp_path / "kept", FilterConfig(per_task=2))
+    assert len(result.kept) == 8
+    one = filter_run(tmp_path / "run", tmp_path / "one", FilterConfig(per_task=1))
+    assert one.reasons["enough"] == 4
+    balanced = FilterConfig(per_task=2, per_difficulty=3)
+    few = filter_run(tmp_path / "run", tmp_path / "few", balanced)
+    assert len(few.kept) == 3, "all of them are easy: both rollouts were right"
+    assert few.reasons["enough of this difficulty"] == 5
