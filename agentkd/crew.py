@@ -28,6 +28,7 @@ from agentkd.rollout import rollout
 from agentkd.secret import Redactor
 from agentkd.spend import Ledger
 from agentkd.task import Task
+from agentkd.telemetry import start_telemetry
 from agentkd.trajectory import StopReason, Trajectory
 
 __all__ = ["Crew", "Done", "FaultNote", "Outfit", "Seat", "ThreadCrew", "Work"]
@@ -192,6 +193,7 @@ class ThreadCrew:
         self._changed = threading.Condition()
         self._closed = False
         self.capacity = sum(chair.seat.workers for chair in self._chairs)
+        start_telemetry()
         outfit = Outfit(share, self._note_fault, lambda: self._closed or ledger.stopped)
         for seat in seats:
             if hasattr(seat.make_agent, "open"):

@@ -20,6 +20,7 @@ from agentkd.recorder import Diverged, NotRecorded, Recorder
 from agentkd.sandbox import CodeFailure, Sandbox
 from agentkd.sandbox.inside.wire import plain
 from agentkd.secret import Redactor
+from agentkd.telemetry import model_span
 from agentkd.trajectory import ToolUse, Usage, valid_text
 
 if TYPE_CHECKING:
@@ -68,14 +69,16 @@ class RecordedModel:
             recorder.meter.check()
         began = time.monotonic()
         try:
-            message = self._model.generate(messages, **options)
+            with model_span(self._name, [_plain_message(item) for item in messages]) as answered:
+                message = self._model.generate(messages, **options)
+                answer, usage = _answer(message, recorder.redactor), token_usage(message)
+                answered(str(answer["content"]), usage)
         except Exception as exc:
             named = provider_error(exc)
             if not isinstance(named, ContextOverflowError):
                 raise named from exc
             error = (type(named).__name__, named.message)  # asked again, it would be the same answer
         else:
-            answer, usage = _answer(message, recorder.redactor), token_usage(message)
             if usage.uncounted_calls:
                 usage = usage.model_copy(update={"estimated_tokens": _guess(messages, message)})
         seconds = time.monotonic() - began
