@@ -72,8 +72,8 @@ class Outfit(NamedTuple):
     """Processes that divide the limits of an endpoint among them."""
     on_fault: Callable[[str, Fault, str, float | None], None]
     """Notes a failed call: endpoint, fault, message, seconds until the next try."""
-    stopped: Callable[[], bool]
-    """Whether waiting calls should give up."""
+    check: Callable[[], None]
+    """Raises when the limits of the run allow no further call."""
 
 
 class FaultNote(BaseModel):
@@ -194,7 +194,7 @@ class ThreadCrew:
         self._closed = False
         self.capacity = sum(chair.seat.workers for chair in self._chairs)
         start_telemetry()
-        outfit = Outfit(share, self._note_fault, lambda: self._closed or ledger.stopped)
+        outfit = Outfit(share, self._note_fault, ledger.check)
         for seat in seats:
             if hasattr(seat.make_agent, "open"):
                 seat.make_agent.open(outfit)

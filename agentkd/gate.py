@@ -19,8 +19,6 @@ from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentkd.errors import ProviderError
-
 __all__ = ["Fault", "Gate", "GateConfig", "Level"]
 
 T = TypeVar("T")
@@ -166,7 +164,7 @@ class Gate:
         name: of the endpoint, for messages.
         on_fault: told of every failed call: the fault, its message, and the seconds until the next
             try (None: there is none).
-        stopped: when it returns True, waiting calls fail at once.
+        check: raises when no call may be made any more; asked before each try, and while waiting.
     """
 
     def __init__(
@@ -176,12 +174,12 @@ class Gate:
         *,
         name: str = "",
         on_fault: Callable[[Fault, str, float | None], None] | None = None,
-        stopped: Callable[[], bool] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.name = name
         self.on_fault = on_fault
-        self.stopped = stopped or (lambda: False)
+        self._check = check or (lambda: None)
         self.level = Level(config.max_in_flight)
         self.in_flight = 0
         self.faults: Counter[str] = Counter()
@@ -200,8 +198,7 @@ class Gate:
             tokens: how many tokens an answer was, for the limit a minute.
 
         Raises:
-            Exception: what the last try raised.
-            ProviderError: the run is being stopped.
+            Exception: what the last try raised, or ``check``.
         """
         tries, refusals, waited = 0, 0, 0.0
         while True:
@@ -241,8 +238,7 @@ class Gate:
     def _enter(self) -> None:
         with self._changed:
             while True:
-                if self.stopped():
-                    raise ProviderError("The run is being stopped.")
+                self._check()
                 now = time.monotonic()
                 wait = max(
                     self._closed_until - now,
@@ -274,5 +270,6 @@ class Gate:
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not self.stopped():
+        while (left := until - time.monotonic()) > 0:
+            self._check()
             time.sleep(min(left, 0.5))

@@ -237,7 +237,7 @@ class _Agents:
             fault_of,
             name=name,
             on_fault=lambda fault, message, wait: outfit.on_fault(name, fault, message, wait),
-            stopped=outfit.stopped,
+            check=outfit.check,
         )
         tools = search_tools(stored_passages(self.out), self.agent.search_k)
         make = agent_factory(self.agent, tools, gate=gate, temperatures=self.temperatures)

@@ -91,7 +91,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def plain(trajectory: Trajectory) -> dict[str, Any]:
     """A trajectory without its times."""
-    record = trajectory.model_dump(mode="json")
+    record = trajectory.model_dump(mode="json", exclude={"commit"})  # of a checkout that may move on
     for part in (record, *record["steps"], *(use for step in record["steps"] for use in step["tool_uses"])):
         for name in ("seconds", "started_at", "model_seconds", "code_seconds"):
             part.pop(name, None)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from agentkd.errors import ContextOverflowError, ProviderError
+from agentkd.errors import ContextOverflowError
 from agentkd.gate import FIRST_LEVEL, Fault, Gate, GateConfig, Level
 from agentkd.model import openai_model, token_usage
+from agentkd.spend import LimitReached
 from agentkd.testing import FakeEndpoint
 
 ASK = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
@@ -114,7 +115,12 @@ def test_a_jump_of_the_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_stopped_run_waits_for_nothing() -> None:
     stopped = False
-    waiting = Gate(GateConfig(), lambda exc: Fault("overload", "429", 600.0), stopped=lambda: stopped)
+
+    def check() -> None:
+        if stopped:
+            raise LimitReached("The run is being stopped.")
+
+    waiting = Gate(GateConfig(), lambda exc: Fault("overload", "429", 600.0), check=check)
 
     def send() -> None:
         raise Flaky(Fault("overload", "429"))
@@ -124,7 +130,7 @@ def test_a_stopped_run_waits_for_nothing() -> None:
     def call() -> None:
         try:
             waiting.call(send)
-        except ProviderError as exc:
+        except LimitReached as exc:
             caught.append(exc)
 
     thread = threading.Thread(target=call)
