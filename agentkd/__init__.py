@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from agentkd.retrieval.bm25 import BM25Retriever
     from agentkd.retrieval.client import HTTPRetriever
     from agentkd.retrieval.index import Index
-    from agentkd.rollout import run_rollouts
+    from agentkd.rollouts import run_rollouts
     from agentkd.scorer import score
     from agentkd.task import Task
     from agentkd.taskset import Taskset, load_taskset
@@ -49,7 +49,7 @@ _WHERE = {
     "mcp_tools": "agentkd.tool",
     "openai_model": "agentkd.model",
     "read_trajectories": "agentkd.record",
-    "run_rollouts": "agentkd.rollout",
+    "run_rollouts": "agentkd.rollouts",
     "score": "agentkd.scorer",
 }
 

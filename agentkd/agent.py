@@ -1,8 +1,8 @@
 """The agent: smolagents' ``CodeAgent`` with its step hook replaced.
 
-:class:`StepAgent` overrides ``_step_stream`` and ``provide_final_answer`` and nothing else. One
-place therefore decides how a conversation is rendered, how an action is parsed, what the model
-is shown, and whose fault a failure was.
+:class:`StepAgent` overrides ``_step_stream`` and ``provide_final_answer``, and hands out its system
+prompt as it is. One place therefore decides how a conversation is rendered, how an action is
+parsed, what the model is shown, and whose fault a failure was.
 """
 
 from __future__ import annotations
@@ -75,6 +75,10 @@ class StepAgent(CodeAgent):
         self.first_thought: FirstThought | None = None
         self.sampler = sampler
         super().__init__(tools=tools, model=model, **options)
+
+    def initialize_system_prompt(self) -> str:
+        """The prompt as it was given; smolagents would compile a template each time it is asked."""
+        return str(self.instructions)
 
     @property
     def sandbox(self) -> Sandbox:

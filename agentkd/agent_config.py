@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from smolagents import Model, Tool
 
     from agentkd.agent import StepAgent
+    from agentkd.gate import Gate
 
 __all__ = ["AgentConfig", "agent_factory", "search_tools"]
 
@@ -67,7 +68,12 @@ def search_tools(retriever: Retriever | None, config: AgentConfig) -> list[Tool]
 
 
 def agent_factory(
-    config: AgentConfig, tools: Sequence[Tool] = (), model: Model | None = None
+    config: AgentConfig,
+    tools: Sequence[Tool] = (),
+    model: Model | None = None,
+    *,
+    gate: Gate | None = None,
+    temperatures: Sequence[float] = (),
 ) -> Callable[[Task, int], StepAgent]:
     """A function that makes a fresh agent for ``(task, sample)``; the model is shared by all.
 
@@ -75,25 +81,19 @@ def agent_factory(
         config: the settings.
         tools: what the agents are given.
         model: a model already at hand, instead of the endpoint.
+        gate: what stands before the endpoint; one of its own by default.
+        temperatures: of the samples of a task, in turn; the one of ``config`` by default.
     """
     from agentkd.agent import build_agent
-    from agentkd.model import openai_model
 
-    shared: Any = model
-    if shared is None:
-        assert config.api_base is not None, "an endpoint or a model is needed"
-        shared = openai_model(
-            config.model,
-            config.api_base,
-            config.api_key,
-            timeout=config.timeout,
-            temperature=config.temperature,
-            max_tokens=config.max_tokens,
-        )
+    if model is not None:
+        models = [model]
+    else:
+        models = [_model(config, gate, temperature) for temperature in temperatures or (config.temperature,)]
 
     def make(task: Task, sample: int) -> StepAgent:
         return build_agent(
-            shared,
+            models[sample % len(models)],
             tools,
             kind=config.kind,
             prompt=config.prompt,
@@ -105,3 +105,18 @@ def agent_factory(
         )
 
     return make
+
+
+def _model(config: AgentConfig, gate: Gate | None, temperature: float) -> Model:
+    from agentkd.model import openai_model
+
+    assert config.api_base is not None, "an endpoint or a model is needed"
+    return openai_model(
+        config.model,
+        config.api_base,
+        config.api_key,
+        timeout=config.timeout,
+        gate=gate,
+        temperature=temperature,
+        max_tokens=config.max_tokens,
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agentkd.commands import collect as collect_command
 from agentkd.commands import doctor
 from agentkd.commands import retrieval as retrieval_commands
-from agentkd.errors import AgentkdError, ConfigError
+from agentkd.commands.console import (
+    Corpus,
+    Json,
+    Out,
+    Sandbox,
+    Workers,
+    announce,
+    complain,
+    leave,
+    print_json,
+    progress_bar,
+)
+from agentkd.errors import AgentkdError
 
 if TYPE_CHECKING:
-    from agentkd.rollout import Progress
+    from agentkd.rollouts import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,16 +38,7 @@ app = typer.Typer(
     help="Distil a tool-using LLM agent into a small model, and serve it.\n\n"
     "Start with `agentkd quickstart --out demo`: no GPU and no key are needed.",
 )
-
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it goes on.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Corpus = Annotated[
-    str | None, typer.Option(help="What is searched: passages (.jsonl), an index, or a retriever's URL.")
-]
-Workers = Annotated[int, typer.Option(min=1, help="Rollouts in flight.")]
-Sandbox = Annotated[
-    str, typer.Option(help='Where model-written code runs: "fork", "e2b", "docker" or "local" (no boundary).')
-]
+collect_command.register(app)
 
 
 def main() -> None:
@@ -51,23 +53,23 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
-        _complain("Stopped. What is finished is kept; run the same command again to go on.")
-        _leave(130)
+        complain("Stopped. What is finished is kept; run the same command again to go on.")
+        leave(130)
     except AgentkdError as exc:
-        _complain(f"Error: {exc.message}", exc.hint)
-        _leave(exc.exit_code)
+        complain(f"Error: {exc.message}", exc.hint)
+        leave(exc.exit_code)
     except OSError as exc:
         where = f" ({exc.filename})" if exc.filename else ""
-        _complain(f"Error: {exc.strerror or exc}{where}", "Is the disk full, or the folder not writable?")
-        _leave(7)
+        complain(f"Error: {exc.strerror or exc}{where}", "Is the disk full, or the folder not writable?")
+        leave(7)
     except Exception as exc:
         if hasattr(exc, "format_message"):  # click's own usage errors
             if exc.format_message():  # empty when no argument was given, and help has been printed
-                _complain(f"Error: {exc.format_message()}", "See --help.")
-            _leave(2)
+                complain(f"Error: {exc.format_message()}", "See --help.")
+            leave(2)
         if type(exc).__name__ == "ValidationError":
-            _complain(f"Error: {_first_problem(exc)}", "See --help.")
-            _leave(2)
+            complain(f"Error: {_first_problem(exc)}", "See --help.")
+            leave(2)
         raise
 
 
@@ -77,49 +79,13 @@ def _first_problem(exc: Any) -> str:
     return f"{where}: {problem['msg']}"
 
 
-def _complain(*lines: str) -> None:
-    for line in lines:
-        if line:  # an endpoint's error may have line ends and control characters in it
-            plain = "".join(char if char.isprintable() else " " for char in line)
-            print(" ".join(plain.split()), file=sys.stderr)
-
-
-def _leave(code: int) -> None:
-    """Exit at once: worker threads may still wait for an endpoint, and nothing is left to write."""
-    import atexit
-
-    sys.stdout.flush()
-    sys.stderr.flush()
-    atexit._run_exitfuncs()
-    os._exit(code)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
-
-
-def _progress_bar() -> Any:
-    """A bar on stderr: what, how far, a note, time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-
-
 @contextmanager
 def _rollout_progress(quiet: bool, *stages: str) -> Iterator[list[Callable[[Progress], None] | None]]:
     """A live line for each stage, from when it begins: done, correct, errors, time left."""
     if quiet:
         yield [None] * len(stages)
         return
-    with _progress_bar() as bar:
+    with progress_bar() as bar:
 
         def shown(stage: str) -> Callable[[Progress], None]:
             task = bar.add_task(stage, total=None, note="", visible=False)
@@ -134,150 +100,6 @@ def _rollout_progress(quiet: bool, *stages: str) -> Iterator[list[Callable[[Prog
         yield [shown(stage) for stage in stages]
 
 
-@contextmanager
-def _teacher(
-    api_base: str | None, model: str | None, teacher: str | None, error_rate: float, seed: int
-) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """The endpoint to collect from: the given one, or the offline expert behind one of our own."""
-    if teacher is None:
-        if api_base is None or model is None:
-            raise ConfigError(
-                "No teacher was given.",
-                "Pass --api-base http://HOST:PORT/v1 --model NAME, or --teacher expert for the offline one.",
-            )
-        yield api_base, model, {}
-        return
-    if teacher != "expert":
-        raise ConfigError(f"Unknown teacher {teacher!r}.", 'The only built-in one is "expert".')
-    from agentkd.pipeline import expert_endpoint
-
-    with expert_endpoint(seed=seed, error_rate=error_rate) as url:
-        from agentkd.expert import EXPERT_LABEL
-
-        yield url, "offline-expert", {"teacher": EXPERT_LABEL}
-
-
-@app.command(
-    epilog="Examples:\n\n"
-    "`agentkd collect --teacher expert --tasks gym:products,lcm --n 40 --out runs/maths`\n\n"
-    "`agentkd collect --api-base http://127.0.0.1:8000/v1 --model Qwen/Qwen2.5-32B-Instruct "
-    "--tasks tasks.jsonl --corpus passages.jsonl --out runs/mine`\n\n"
-    "`agentkd collect --teacher expert --tasks gym:lcm --n 40 --first-thought --compare --out runs/thoughts`"
-)
-def collect(
-    tasks: Annotated[
-        str, typer.Option(help='Taskset: "gym:products+almanac:hops=2", a JSONL file, "hf:NAME".')
-    ],
-    out: Out,
-    n: Annotated[
-        int | None, typer.Option(min=1, help="Number of tasks; all of a finite set by default.")
-    ] = None,
-    split: Annotated[str, typer.Option(help='"train" or "test".')] = "train",
-    api_base: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint, ending in /v1.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model id, as the endpoint lists it.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Bearer token; never written to files.")
-    ] = None,
-    teacher: Annotated[str | None, typer.Option(help='"expert": the built-in offline teacher.')] = None,
-    error_rate: Annotated[
-        float, typer.Option(min=0, max=1, help="How often the offline teacher errs.")
-    ] = 0.1,
-    kind: Annotated[
-        str, typer.Option(help='"agent" (code and tools) or "cot" (chain of thought).')
-    ] = "agent",
-    sandbox: Sandbox = "fork",
-    corpus: Corpus = None,
-    first_thought: Annotated[
-        bool,
-        typer.Option(
-            "--first-thought",
-            help="Let the teacher think in plain words first, and begin its first step with that thought.",
-        ),
-    ] = False,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare",
-            help="With --first-thought: collect without, too, and report both in first-thought.md.",
-        ),
-    ] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Rollouts of each task.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Sampled tokens of one step.")] = 1024,
-    max_steps: Annotated[int, typer.Option(min=1)] = 5,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one call of the endpoint.")] = 600.0,
-    workers: Workers = 16,
-    seed: int = 0,
-    as_json: Json = False,
-) -> None:
-    """Let a teacher solve tasks; its trajectories are appended to `OUT/trajectories.jsonl`."""
-    from agentkd.agent_config import AgentConfig
-    from agentkd.collect import CollectConfig
-    from agentkd.collect import collect as run
-    from agentkd.first_thought import FirstThoughtConfig
-
-    _announce(sandbox if kind == "agent" else None)
-    with _teacher(api_base, model, teacher, error_rate, seed) as (url, model_id, labels):
-        config = CollectConfig(
-            tasks=tasks,
-            split=split,
-            n=n,
-            seed=seed,
-            agent=AgentConfig(
-                model=model_id,
-                api_base=url,
-                api_key=api_key,
-                kind=kind,  # type: ignore[arg-type]
-                temperature=temperature,
-                max_tokens=max_tokens,
-                max_steps=max_steps,
-                sandbox=sandbox,
-                timeout=timeout,
-            ),
-            first_thought=FirstThoughtConfig() if first_thought else None,
-            corpus=corpus,
-            samples=samples,
-            workers=workers,
-            labels=labels,
-        )
-        with _rollout_progress(as_json, "first thoughts", "collect", "without") as [thoughts, show, plain]:
-            if compare:
-                from agentkd.first_thought_report import compare_first_thoughts
-
-                done = compare_first_thoughts(config, out, show, thoughts, plain)
-            else:
-                done = run(config, out, show, thoughts)
-    correct = sum(item.correct for item in done.trajectories)
-    figures: dict[str, Any] = {
-        "out": str(out),
-        "finished": len(done.trajectories),
-        "correct": correct,
-        "missing": done.missing,
-    }
-    if done.first_thoughts is not None:
-        figures["first_thoughts"] = done.first_thoughts.counts()
-    if as_json:
-        _print_json(figures)
-    else:
-        print(f"{len(done.trajectories)} trajectories, {correct} correct, in {out / 'trajectories.jsonl'}")
-        if done.first_thoughts is not None:
-            print(done.first_thoughts.summary())
-        if compare:
-            print(f"With and without first thoughts: {out / 'first-thought.md'}")
-        if done.missing:
-            print(
-                f"{done.missing} rollouts ended by errors (see {out / 'errors.jsonl'}); run again to retry."
-            )
-        print(f"Next: agentkd filter {out} --out {out / 'kept'}")
-
-
-def _announce(sandbox: str | None) -> None:
-    if sandbox == "local":
-        from agentkd.sandbox import LOCAL_WARNING
-
-        print(f"Note: {LOCAL_WARNING}", file=sys.stderr)
-
-
 @app.command("filter", epilog="Example:\n\n`agentkd filter runs/maths --out runs/maths/kept`")
 def filter_command(
     source: Annotated[Path, typer.Argument(help="A run folder or a trajectories.jsonl.")],
@@ -285,16 +107,24 @@ def filter_command(
     min_score: Annotated[float, typer.Option(min=0, max=1, help="Lowest score that is kept.")] = 1.0,
     allow_parse_errors: Annotated[bool, typer.Option(help="Keep steps without a valid code block.")] = False,
     per_task: Annotated[int, typer.Option(min=1, help="Trajectories kept of one task.")] = 1,
+    max_similarity: Annotated[float, typer.Option(min=0, max=1, help="Near duplicates are dropped.")] = 0.9,
+    per_difficulty: Annotated[int | None, typer.Option(min=1, help="Kept of each difficulty.")] = None,
     as_json: Json = False,
 ) -> None:
     """Keep what is worth learning from: `kept.jsonl`, and `dropped.jsonl` with every reason."""
     from agentkd.filter import FilterConfig, filter_run
 
-    config = FilterConfig(min_score=min_score, allow_parse_errors=allow_parse_errors, per_task=per_task)
+    config = FilterConfig(
+        min_score=min_score,
+        allow_parse_errors=allow_parse_errors,
+        per_task=per_task,
+        max_similarity=max_similarity,
+        per_difficulty=per_difficulty,
+    )
     result = filter_run(source, out, config)
     figures = {"kept": len(result.kept), "dropped": len(result.dropped), "reasons": dict(result.reasons)}
     if as_json:
-        _print_json(figures)
+        print_json(figures)
         return
     print(f"{len(result.kept)} kept, {len(result.dropped)} dropped")
     for reason, count in result.reasons.most_common():
@@ -339,7 +169,7 @@ def distill(
     with _bar("distill", as_json) as show:
         student = run(trajectories, out, config, show)
     if as_json:
-        _print_json({"out": str(out), "training": student.training})
+        print_json({"out": str(out), "training": student.training})
         return
     print(f"Student in {out}")
     print(f"Next: agentkd serve {out}")
@@ -351,7 +181,7 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int, float], None] |
     if quiet:
         yield None
         return
-    with _progress_bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task(what, total=None, note="")
         yield lambda step, total, loss: bar.update(task, completed=step, total=total, note=f"loss {loss:.3f}")
 
@@ -390,7 +220,7 @@ def evaluate(
     """Run a student, a base model or an endpoint on held-out tasks; accuracy with 95% intervals."""
     from agentkd.pipeline import evaluate_command
 
-    _announce(sandbox)
+    announce(sandbox)
     with _rollout_progress(as_json, "evaluate") as [show]:
         result, table = evaluate_command(
             student=student,
@@ -410,7 +240,7 @@ def evaluate(
             on_progress=show,
         )
     if as_json:
-        _print_json(result.model_dump(mode="json"))
+        print_json(result.model_dump(mode="json"))
         return
     from rich.console import Console
 
@@ -460,10 +290,10 @@ def quickstart(
     from agentkd.pipeline import quickstart as run
 
     size: Literal["tiny", "demo", "full"] = "full" if full else "tiny" if tiny else "demo"
-    _announce(sandbox)
+    announce(sandbox)
     summary = run(out, size=size, sandbox=sandbox, fresh=fresh, quiet=as_json)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
 
 
 @app.command("run", epilog="Example:\n\n`agentkd run examples/recipe.toml --out runs/mine`")
@@ -477,7 +307,7 @@ def run_command(
 
     summary = run_recipe(load_recipe(recipe), out, quiet=as_json)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
 
 
 def _version(value: bool) -> None:

@@ -6,13 +6,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.progress_bar import ProgressBar
+from rich.text import Text
 
-__all__ = ["Display"]
+if TYPE_CHECKING:
+    from agentkd.rollouts import Progress
+
+__all__ = ["Display", "RolloutDisplay"]
+
+PLAIN_EVERY = 30.0
+"""Seconds between two lines where there is no terminal."""
 
 
 class Display:
@@ -25,7 +35,7 @@ class Display:
     def __init__(self, quiet: bool) -> None:
         self.console = Console(stderr=True, quiet=quiet)
         self.live = self.console.is_terminal and not quiet
-        self._progress = Progress(
+        self._progress = Bars(
             SpinnerColumn(finished_text="[green]✓[/green]"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -87,3 +97,69 @@ class Display:
         out.print("Next:", highlight=False)
         for line in next_steps:
             out.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
+
+
+class RolloutDisplay:
+    """One live view of a run on stderr; where that is no terminal, a line now and then.
+
+    Args:
+        name: what is being done.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.console = Console(stderr=True)
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self._drawn_at = 0.0
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def show(self, progress: Progress) -> None:
+        """For ``on_progress``; draws no more often than can be read."""
+        terminal, now = self.console.is_terminal, time.monotonic()
+        finished = progress.done >= progress.total
+        if now < self._drawn_at + (0.25 if terminal else PLAIN_EVERY) and not finished:
+            return
+        self._drawn_at = now
+        if terminal:
+            self._live.update(self._view(progress))
+        else:
+            self.console.print(self._line(progress), highlight=False, soft_wrap=True, markup=False)
+
+    def _view(self, progress: Progress) -> Group:
+        bar = ProgressBar(total=max(1, progress.total), completed=progress.done, width=40)
+        rows: list[Any] = [bar, Text(self._line(progress))]
+        if progress.problem:
+            rows.append(Text(f"last error: {progress.problem[:200]}", style="red"))
+        return Group(*rows)
+
+    def _line(self, progress: Progress) -> str:
+        rate = progress.new / progress.seconds if progress.seconds else 0.0
+        spent = progress.spent
+        parts = [
+            f"{self.name} {progress.done}/{progress.total}",
+            f"{progress.correct} correct",
+            f"{progress.in_flight} in flight",
+            f"{60 * rate:.0f} a minute",
+            f"{spent.tokens} tokens",
+            f"${spent.cost:.2f}" if spent.cost else f"{spent.seconds:.0f} model-s",
+        ]
+        if progress.errors:
+            parts.append(f"{progress.errors} errors")
+        if rate and progress.done < progress.total:
+            parts.append(f"{_duration((progress.total - progress.done) / rate)} left")
+        return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agentkd.errors import ProviderError
-from agentkd.model import provider_error
+from agentkd.model import provider_error, token_usage
 from agentkd.trajectory import Usage, valid_text
 
 if TYPE_CHECKING:
@@ -48,14 +48,12 @@ class StepDraw:
 
     Attributes:
         answers: what came back so far.
-        usage: what it cost.
         seconds: wall-clock seconds of waiting.
     """
 
     def __init__(self, model: Model, messages: list[ChatMessage], options: dict[str, Any], step: int) -> None:
         self.model, self.messages, self.options, self.step = model, messages, options, step
         self.answers: list[ChatMessage] = []
-        self.usage = Usage()
         self.seconds = 0.0
 
     def one(self) -> Draft:
@@ -72,12 +70,9 @@ class StepDraw:
         Raises:
             ProviderError: the model failed, or answered without text.
         """
-        before = self.usage
+        asked = len(self.answers)
         drafts = self._several(count, first, config)
-        spent = Usage(
-            input_tokens=self.usage.input_tokens - before.input_tokens,
-            output_tokens=self.usage.output_tokens - before.output_tokens,
-        )
+        spent = sum((token_usage(answer) for answer in self.answers[asked:]), Usage())
         return drafts[:count], spent
 
     def _several(self, count: int, first: int, config: SamplerConfig) -> list[Draft]:
@@ -125,8 +120,7 @@ class StepDraw:
             self.seconds += time.monotonic() - began
         drafts = _drafts(answer)
         self.answers.append(answer)
-        if (used := answer.token_usage) is not None:
-            self.usage += Usage(input_tokens=used.input_tokens, output_tokens=used.output_tokens)
+        self.usage += token_usage(answer)
         return drafts
 
     @property

@@ -41,6 +41,12 @@ class FilterConfig(BaseModel):
     kept: they teach recovery (arXiv 2505.17612, section 3)."""
     per_task: int = Field(default=1, ge=1)
     """Trajectories kept of one task; the shortest first."""
+    max_similarity: float = Field(default=0.9, ge=0, le=1)
+    """Of two trajectories of a task that share a larger part of their word triples (Jaccard index) the
+    longer is dropped; 1 keeps both."""
+    per_difficulty: int | None = Field(default=None, ge=1)
+    """Trajectories kept of each difficulty: the level that the task names, else easy, medium and hard
+    by the share of its rollouts that were right; None keeps all."""
 
 
 class Dropped(BaseModel):
@@ -153,18 +159,58 @@ def _judge(
             good.append(trajectory)
         else:
             dropped.append(Dropped(reason=verdict.reason, trajectory=trajectory))
-    return _limit_per_task(good, dropped, config.per_task)
+    return _choose(good, dropped, trajectories, config)
 
 
-def _limit_per_task(good: list[Trajectory], dropped: list[Dropped], limit: int) -> Filtered:
-    """Keep the shortest of each task, in the order of the file."""
-    rank: Counter[str] = Counter()
-    chosen: set[str] = set()
-    for trajectory in sorted(good, key=lambda item: len(item.steps)):
-        rank[trajectory.task.id] += 1
-        if rank[trajectory.task.id] <= limit:
-            chosen.add(trajectory.id)
-    for trajectory in good:
-        if trajectory.id not in chosen:
-            dropped.append(Dropped(reason=f"enough: {limit} of this task kept", trajectory=trajectory))
-    return Filtered([item for item in good if item.id in chosen], dropped)
+def _choose(
+    good: list[Trajectory], dropped: list[Dropped], everyone: Sequence[Trajectory], config: FilterConfig
+) -> Filtered:
+    """Keep the shortest of each task that differ from one another, and so many of each difficulty.
+
+    What is kept is in the order of the file.
+    """
+    difficulty = _difficulty(everyone)
+    kept: dict[str, list[Trajectory]] = {}
+    counts: Counter[str] = Counter()
+    reasons: dict[str, str] = {}
+    for item in sorted(good, key=lambda item: len(item.steps)):
+        others = kept.setdefault(item.task.id, [])
+        twin = next((other for other in others if _similarity(item, other) > config.max_similarity), None)
+        level = difficulty[item.task.id]
+        if twin is not None:
+            reasons[item.id] = f"near duplicate: of {twin.id}"
+        elif len(others) >= config.per_task:
+            reasons[item.id] = f"enough: {config.per_task} of this task kept"
+        elif config.per_difficulty is not None and counts[level] >= config.per_difficulty:
+            reasons[item.id] = f"enough of this difficulty: {level}"
+        else:
+            others.append(item)
+            counts[level] += 1
+    dropped += [Dropped(reason=reasons[item.id], trajectory=item) for item in good if item.id in reasons]
+    return Filtered([item for item in good if item.id not in reasons], dropped)
+
+
+def _difficulty(trajectories: Sequence[Trajectory]) -> dict[str, str]:
+    """Of each task: the level that its taskset names, else how often it was solved."""
+    solved: dict[str, list[bool]] = {}
+    levels: dict[str, str] = {}
+    for item in trajectories:
+        solved.setdefault(item.task.id, []).append(item.correct)
+        levels[item.task.id] = item.task.level
+    return {task: levels[task] if levels[task] != "any" else _rate(right) for task, right in solved.items()}
+
+
+def _rate(right: list[bool]) -> str:
+    share = sum(right) / len(right)
+    return "easy" if share >= 0.75 else "medium" if share >= 0.25 else "hard"
+
+
+def _similarity(one: Trajectory, other: Trajectory) -> float:
+    """Jaccard index of the word triples that the agent wrote, 0 to 1."""
+    first, second = _triples(one), _triples(other)
+    return len(first & second) / max(1, len(first | second))
+
+
+def _triples(trajectory: Trajectory) -> set[tuple[str, ...]]:
+    words = ["", "", *" ".join(step.output for step in trajectory.steps).split()]
+    return set(zip(words, words[1:], words[2:], strict=False))

@@ -12,7 +12,7 @@ from agentkd.evaluate import Cell, PairedDifference, paired_difference, summaris
 from agentkd.expert import EXPERT_LABEL
 from agentkd.first_thought import FOLDER, FirstThoughts
 from agentkd.record import provenance, read_trajectories, write_json, write_text
-from agentkd.rollout import Progress
+from agentkd.rollouts import Progress
 from agentkd.trajectory import Trajectory
 
 __all__ = ["compare_first_thoughts"]

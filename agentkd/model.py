@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from agentkd.errors import AgentkdError, ConfigError, ContextOverflowError, ProviderError
+from agentkd.gate import Fault, Gate, GateConfig
+from agentkd.trajectory import Usage
 
 if TYPE_CHECKING:
     from smolagents import OpenAIModel
+    from smolagents.models import ChatMessage
 
-__all__ = ["check_endpoint", "openai_model", "provider_error"]
+__all__ = ["check_endpoint", "fault_of", "openai_model", "provider_error", "token_usage"]
 
 
 def openai_model(
@@ -19,6 +23,7 @@ def openai_model(
     *,
     timeout: float = 600.0,
     retries: int = 2,
+    gate: Gate | None = None,
     **sampling: Any,
 ) -> OpenAIModel:
     """A model behind any OpenAI-compatible endpoint.
@@ -28,8 +33,9 @@ def openai_model(
         api_base: the URL that ends in ``/v1``.
         api_key: sent as a bearer token; local servers need none.
         timeout: seconds for one call.
-        retries: how often the client repeats a call on 408, 409, 429, 5xx and lost connections,
-            with exponential backoff. smolagents' own retries are off, so they do not multiply.
+        retries: how often a call is repeated, see :class:`agentkd.gate.GateConfig`. Neither
+            smolagents nor the client repeats anything, so retries do not multiply.
+        gate: a gate that is shared with other models of the endpoint; then ``retries`` is its own.
         sampling: ``temperature``, ``max_tokens``, ``top_p``, ``extra_body``, ...
     """
     if not api_base.startswith(("http://", "https://")):
@@ -37,12 +43,11 @@ def openai_model(
     from agentkd.endpoint import EndpointModel
 
     return EndpointModel(
+        gate or Gate(GateConfig(retries=retries), fault_of, name=api_base),
         model_id=model_id,
         api_base=api_base,
         api_key=api_key or "none",
-        client_kwargs={"timeout": timeout, "max_retries": retries},
-        flatten_messages_as_text=True,
-        retry=False,
+        timeout=timeout,
         **sampling,
     )
 
@@ -78,6 +83,59 @@ def provider_error(exc: Exception) -> AgentkdError:
     )
 
 
+def fault_of(exc: Exception) -> Fault:
+    """Whether a failed call may succeed later, and when."""
+    import openai
+
+    if isinstance(exc, openai.APITimeoutError):
+        return Fault("transient", "timeout")
+    if isinstance(exc, openai.APIConnectionError):
+        return Fault("transient", "connection")
+    if isinstance(exc, openai.APIStatusError):
+        status, name = exc.status_code, str(exc.status_code)
+        if status in (429, 503, 529):
+            if getattr(exc, "code", None) == "insufficient_quota":
+                return Fault("final", "quota")
+            return Fault("overload", name, _retry_after(exc.response.headers))
+        passes = status >= 500 or status in (408, 409)
+        return Fault("transient" if passes else "final", name)
+    if isinstance(exc, UnicodeEncodeError) or not isinstance(
+        exc, (ProviderError, openai.APIError, ValueError)
+    ):
+        return Fault("final", type(exc).__name__)
+    return Fault("transient", "garbage")  # truncated, empty, or no JSON at all: seen from overloaded proxies
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds. A date is compared with the server's own clock, not with ours."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            then, now = parsedate_to_datetime(value), parsedate_to_datetime(headers["date"])
+        except (KeyError, TypeError, ValueError):
+            return None
+        seconds = (then - now).total_seconds()
+    return seconds if 0 < seconds < float("inf") else None
+
+
+def token_usage(answer: ChatMessage) -> Usage:
+    """What a call used, as the server counted."""
+    used = answer.token_usage
+    if used is None:
+        return Usage(uncounted_calls=1)
+    details = getattr(getattr(answer.raw, "usage", None), "prompt_tokens_details", None)
+    cached = getattr(details, "cached_tokens", None)
+    return Usage(
+        input_tokens=used.input_tokens,
+        output_tokens=used.output_tokens,
+        cached_tokens=min(cached, used.input_tokens) if isinstance(cached, int) and cached > 0 else 0,
+    )
+
+
 def check_endpoint(api_base: str, model_id: str, api_key: str | None = None) -> None:
     """Ask the endpoint for one token, so that a dead one is noticed before anything starts.
 
@@ -86,9 +144,7 @@ def check_endpoint(api_base: str, model_id: str, api_key: str | None = None) -> 
     """
     model = openai_model(model_id, api_base, api_key, timeout=60.0, retries=0, max_tokens=1)
     try:
-        answer = model.generate([{"role": "user", "content": [{"type": "text", "text": "Say ok."}]}])
-        if answer.content is None:
-            raise ProviderError("The endpoint answered without content.")
+        model.generate([{"role": "user", "content": [{"type": "text", "text": "Say ok."}]}])
     except Exception as exc:
         named = provider_error(exc)
         if isinstance(named, ContextOverflowError):

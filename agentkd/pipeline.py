@@ -42,7 +42,8 @@ from agentkd.record import (
 )
 from agentkd.retrieval import Passage, Retriever
 from agentkd.retrieval.source import open_corpus, open_retriever
-from agentkd.rollout import Progress, rollout
+from agentkd.rollout import rollout
+from agentkd.rollouts import Progress
 from agentkd.sampler import SamplerConfig
 from agentkd.task import Task
 from agentkd.taskset import load_taskset
@@ -173,6 +174,13 @@ def expert_endpoint(*, seed: int, error_rate: float) -> Iterator[str]:
         yield server.url
 
 
+def expert_labels(*, seed: int, error_rate: float) -> dict[str, str]:
+    """Who the offline expert was, for the records; a run goes on with the same one only."""
+    from agentkd.expert import EXPERT_LABEL
+
+    return {"teacher": EXPERT_LABEL, "teacher_seed": str(seed), "teacher_error_rate": f"{error_rate:g}"}
+
+
 def serve_expert(host: str, port: int, *, seed: int, error_rate: float) -> None:
     """Serve the offline expert until it is stopped."""
     from agentkd.serve import serve_forever
@@ -193,10 +201,8 @@ def _expert_backend(seed: int, error_rate: float) -> Any:
 def _teacher(recipe: Recipe) -> Iterator[tuple[str, str, dict[str, str]]]:
     teacher = recipe.teacher
     if teacher.expert:
-        from agentkd.expert import EXPERT_LABEL
-
         with expert_endpoint(seed=recipe.seed, error_rate=teacher.error_rate) as url:
-            yield url, "offline-expert", {"teacher": EXPERT_LABEL}
+            yield url, "offline-expert", expert_labels(seed=recipe.seed, error_rate=teacher.error_rate)
     elif teacher.api_base and teacher.model:
         yield teacher.api_base, teacher.model, {}
     else:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import metadata
@@ -156,16 +157,25 @@ class AppendLog:
     """An append-only JSON Lines file with one writer.
 
     On opening, a torn last line is cut off, and the file is locked so that a second writer is
-    refused; the lock goes with its process.
+    refused; the lock goes with its process. Threads may append at the same time: those that wait
+    for the disk share one flush.
+
+    Args:
+        path: the file; made when there is none.
+        fsync: wait until the disk has a record. Without it a record outlives the process, but not
+            a power failure.
 
     Raises:
         ConfigError: another process is writing the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, fsync: bool = True) -> None:
         import fcntl
 
         self.path = path
+        self.fsync = fsync
+        self._write_lock, self._sync_lock = threading.Lock(), threading.Lock()
+        self._written = self._synced = 0
         with boundary(StorageError, f"opening {path}", _WRITE_HINT):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab+")
@@ -194,13 +204,27 @@ class AppendLog:
             self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
 
-    def append(self, record: BaseModel) -> None:
-        """Write one record durably. Call it from one thread at a time."""
-        line = _line(record).encode("utf-8")
+    def append(self, record: BaseModel, *, wait: bool = True) -> None:
+        """Write one record; it is durable on return, or with the next one when ``wait`` is False."""
+        self.append_line(_line(record), wait=wait)
+
+    def append_line(self, line: str, *, wait: bool = True) -> None:
+        """The same for a record that is a line of JSON already, its line end included."""
         with boundary(StorageError, f"writing {self.path}", _WRITE_HINT):
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._write_lock:
+                self._file.write(line.encode("utf-8"))
+                self._file.flush()
+                self._written += 1
+                mine = self._written
+            if self.fsync and wait:
+                self._sync(mine)
+
+    def _sync(self, mine: int) -> None:
+        with self._sync_lock:
+            if self._synced < mine:  # else a flush that began after our write has covered it
+                upto = self._written
+                os.fsync(self._file.fileno())
+                self._synced = upto
 
     def close(self) -> None:
         self._file.close()

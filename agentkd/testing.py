@@ -6,7 +6,9 @@ and examples only.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ from smolagents.monitoring import TokenUsage
 
 __all__ = ["FakeEndpoint", "ScriptedModel"]
 
-Reply = str | tuple[int, bytes]
+Reply = str | tuple[int, bytes] | tuple[int, bytes, dict[str, str]]
 
 
 class ScriptedModel(Model):
@@ -49,6 +51,27 @@ class ScriptedModel(Model):
 class _QuietServer(ThreadingHTTPServer):
     """A client that hangs up is no news."""
 
+    request_queue_size = 512
+
+    def __init__(self, *arguments: Any) -> None:
+        self._open: set[socket.socket] = set()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Cut the connections, too: an endpoint that has ended answers nobody."""
+        super().server_close()
+        for request in list(self._open):
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
@@ -58,10 +81,13 @@ class FakeEndpoint:
     """An OpenAI-compatible chat endpoint on a free loopback port, for as long as the block lasts.
 
     Args:
-        reply: from the messages of a request to a text, or to ``(status, body)`` for a fault.
         continues: honour ``continue_final_message``, as vLLM does: a final message that is continued
             counts one token less than one that is closed. Else that field is ignored, as other
             servers do.
+        reply: from the messages of a request to a text, or to ``(status, body)`` or ``(status, body,
+            headers)`` for a fault. When it raises ``ConnectionError``, the connection is cut.
+        port: to listen on; 0 takes a free one.
+        usage: whether answers carry token counts.
 
     Attributes:
         url: ends in ``/v1``.
@@ -74,6 +100,8 @@ class FakeEndpoint:
         model_id: str = "fake",
         *,
         continues: bool = False,
+        port: int = 0,
+        usage: bool = True,
     ) -> None:
         self.requests: list[dict[str, Any]] = []
         endpoint = self
@@ -82,19 +110,26 @@ class FakeEndpoint:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                length = int(self.headers["Content-Length"])
+                data = self.rfile.read(length)
+                if len(data) < length:
+                    raise ConnectionResetError("the client has gone")
+                body = json.loads(data)
                 endpoint.requests.append(body)
                 answer = reply(body["messages"])
                 if isinstance(answer, str):
                     open_turn = continues and body.get("continue_final_message") is True
                     content = _completion(answer, body, model_id, int(open_turn))
+                    if not usage:
+                        del content["usage"]
                     self._send(200, json.dumps(content).encode())
                 else:
                     self._send(*answer)
 
-            def _send(self, status: int, data: bytes) -> None:
+            def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -102,7 +137,7 @@ class FakeEndpoint:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._server = _QuietServer(("127.0.0.1", 0), Handler)
+        self._server = _QuietServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True

@@ -90,11 +90,20 @@ class Usage(_Record):
     """Prompt tokens."""
     output_tokens: int = 0
     """Sampled tokens."""
+    cached_tokens: int = 0
+    """Prompt tokens that the server had in its cache; they are among ``input_tokens``."""
+    uncounted_calls: int = 0
+    """Calls whose server gave no counts; their tokens are unknown, not zero."""
+    estimated_tokens: int = 0
+    """Tokens of the uncounted calls, guessed from their characters."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             input_tokens=self.input_tokens + other.input_tokens,
             output_tokens=self.output_tokens + other.output_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            uncounted_calls=self.uncounted_calls + other.uncounted_calls,
+            estimated_tokens=self.estimated_tokens + other.estimated_tokens,
         )
 
 

@@ -10,10 +10,24 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-__all__ = ["Json", "Out", "Sandbox", "Workers", "announce", "complain", "leave", "print_json", "progress_bar"]
+__all__ = [
+    "Corpus",
+    "Json",
+    "Out",
+    "Sandbox",
+    "Workers",
+    "announce",
+    "complain",
+    "leave",
+    "print_json",
+    "progress_bar",
+]
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it goes on.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Corpus = Annotated[
+    str | None, typer.Option(help="What is searched: passages (.jsonl), an index, or a retriever's URL.")
+]
 Workers = Annotated[int, typer.Option(min=1, help="Rollouts in flight.")]
 Sandbox = Annotated[
     str, typer.Option(help='Where model-written code runs: "fork", "e2b", "docker" or "local" (no boundary).')

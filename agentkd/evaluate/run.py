@@ -12,7 +12,7 @@ from agentkd.errors import ConfigError, ProviderError
 from agentkd.evaluate.figures import SystemResult, summarise
 from agentkd.record import load_tasks, write_json, write_jsonl, write_manifest
 from agentkd.retrieval import Retriever
-from agentkd.rollout import Progress, finished_rollouts, run_rollouts
+from agentkd.rollouts import Progress, finished_rollouts, run_rollouts
 from agentkd.task import Task
 from agentkd.trajectory import Trajectory
 
@@ -57,7 +57,13 @@ def run_evaluation(
             factory = agent_factory(config, search_tools(retriever, config), model)
             settings = config.model_dump(mode="json")
             trajectories = run_rollouts(
-                tasks, factory, log, workers=workers, config=settings, on_progress=on_progress
+                tasks,
+                factory,
+                log,
+                workers=workers,
+                config=settings,
+                log_calls=model is None,  # a model in this process costs nothing to ask again
+                on_progress=on_progress,
             )
     if len(trajectories) < len(tasks):
         raise ProviderError(

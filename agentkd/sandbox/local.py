@@ -41,8 +41,8 @@ class _Zygote:
         self._control: socket.socket | None = None
         atexit.register(self.stop)
 
-    def open(self, imports: Sequence[str]) -> tuple[int, socket.socket]:
-        """A new worker: its process id and the socket to talk to it."""
+    def open(self, imports: Sequence[str]) -> tuple[int, socket.socket, subprocess.Popen[bytes]]:
+        """A new worker: its process id, the socket to talk to it, and the zygote it ends with."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
@@ -60,7 +60,8 @@ class _Zygote:
             if reply is None:
                 ours.close()
                 raise SandboxError("The sandbox process ended.", "Run the command again.")
-            return int(reply["pid"]), ours
+            assert self._process is not None
+            return int(reply["pid"]), ours, self._process
 
     def kill(self, pid: int) -> None:
         """Kill a worker and wait until it is gone."""
@@ -145,6 +146,7 @@ class LocalSandbox(PythonExecutor):
         self._uses: list[ToolUse] = []
         self._pid: int | None = None
         self._sock: socket.socket | None = None
+        self._home: subprocess.Popen[bytes] | None = None
 
     def send_tools(self, tools: dict[str, Any]) -> None:
         self._host.tools.update(tools)
@@ -166,8 +168,7 @@ class LocalSandbox(PythonExecutor):
             while True:
                 message = receive(sock, deadline)
                 if message is None or "broken" in message:
-                    self._end()
-                    raise CodeFailure("The code ended its interpreter. All variables are lost.")
+                    raise self._lost("The code ended its interpreter.")
                 if "call" not in message:
                     return self._outcome(message)
                 began = time.monotonic()
@@ -181,8 +182,7 @@ class LocalSandbox(PythonExecutor):
                 timed_out=True,
             ) from None
         except (OSError, ValueError, RecursionError) as exc:
-            self._end()
-            raise CodeFailure(f"The code broke its interpreter ({exc}). All variables are lost.") from exc
+            raise self._lost(f"The code broke its interpreter ({exc}).") from exc
         except AgentkdError:
             self._end()
             raise
@@ -198,7 +198,7 @@ class LocalSandbox(PythonExecutor):
 
     def _open(self) -> socket.socket:
         if self._sock is None:
-            self._pid, self._sock = _zygote.open(self.imports)
+            self._pid, self._sock, self._home = _zygote.open(self.imports)
             send(self._sock, {"tools": list(self._host.tools)})
             if self._variables:
                 send(self._sock, {"variables": self._variables})
@@ -211,6 +211,17 @@ class LocalSandbox(PythonExecutor):
         if self._pid is not None:
             _zygote.kill(self._pid)
             self._pid = None
+
+    def _lost(self, what: str) -> Exception:
+        """Whose fault it is that the worker is gone: the code's, unless all workers are."""
+        self._end()
+        try:
+            if self._home is not None:
+                self._home.wait(0.05)
+                return SandboxError("The sandbox process was killed.", "Run the command again.")
+        except subprocess.TimeoutExpired:
+            pass
+        return CodeFailure(f"{what} All variables are lost.")
 
     def _outcome(self, message: dict[str, Any]) -> CodeOutput:
         if "error" in message:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def teacher(messages: list[dict[str, Any]]) -> str:
     return action("add", f"final_answer({number} + 1)")
 
 
+def asked(endpoint: FakeEndpoint) -> list[str]:
+    """The questions it was asked, once for each call, without the check before the start."""
+    talks = [request["messages"] for request in endpoint.requests]
+    return [talk[1]["content"] for talk in talks if len(talk) > 1]
+
+
 def config(tasks: Path, url: str, **changes: Any) -> CollectConfig:
     agent = AgentConfig(model="fake", api_base=url)
     return CollectConfig(tasks=str(tasks), agent=agent, workers=3, **changes)
@@ -64,11 +71,13 @@ def test_what_is_finished_is_not_asked_again(tasks: Path, tmp_path: Path) -> Non
         endpoint.requests.clear()
         done = collect(config(tasks, endpoint.url), tmp_path / "run")
         assert len({item.id for item in done.trajectories}) == 6
-        talks = [request["messages"] for request in endpoint.requests]
-        asked = {talk[1]["content"] for talk in talks if len(talk) > 1}
+        assert asked(endpoint) == []  # the log has every call of the two that were lost
+        log.write_bytes(b"".join(lines[:4]))
+        (tmp_path / "run" / "calls-0.jsonl").unlink()
+        collect(config(tasks, endpoint.url), tmp_path / "run")
         kept = {json.loads(line)["task"]["question"] for line in lines[:4]}
-        assert len(asked) == 2
-        assert not asked & kept
+        assert len(set(asked(endpoint))) == 2
+        assert not set(asked(endpoint)) & kept
         endpoint.requests.clear()
         collect(config(tasks, endpoint.url), tmp_path / "run")
         assert endpoint.requests == []
@@ -136,4 +145,26 @@ def test_the_shortest_of_each_task_is_kept(tasks: Path, tmp_path: Path) -> None:
         collect(config(tasks, endpoint.url, samples=2), tmp_path / "run")
     result = filter_run(tmp_path / "run", tmp_path / "kept", FilterConfig(per_task=1))
     assert len(result.kept) == 4
-    assert result.reasons["enough"] == 4
+    assert result.reasons["near duplicate"] == 4  # the teacher says the same each time
+
+
+def varied(messages: list[dict[str, Any]]) -> str:
+    """Thinks otherwise at each sample; is right for two tasks of three."""
+    if len(messages) == 1:
+        return "ok"
+    number = int(messages[1]["content"].split()[-1])
+    thought = " ".join(str(hash((number, time.monotonic_ns(), i)) % 1000) for i in range(12))
+    return action(thought, f"final_answer({number + 1 if number % 3 else 0})")
+
+
+def test_different_ones_of_a_task_are_kept_and_difficulties_balanced(tasks: Path, tmp_path: Path) -> None:
+    with FakeEndpoint(varied) as endpoint:
+        collect(config(tasks, endpoint.url, samples=2), tmp_path / "run")
+    result = filter_run(tmp_path / "run", tmp_path / "kept", FilterConfig(per_task=2))
+    assert len(result.kept) == 8
+    one = filter_run(tmp_path / "run", tmp_path / "one", FilterConfig(per_task=1))
+    assert one.reasons["enough"] == 4
+    balanced = FilterConfig(per_task=2, per_difficulty=3)
+    few = filter_run(tmp_path / "run", tmp_path / "few", balanced)
+    assert len(few.kept) == 3, "all of them are easy: both rollouts were right"
+    assert few.reasons["enough of this difficulty"] == 5

@@ -145,9 +145,9 @@ def test_ctrl_c_exits_with_130_and_keeps_what_is_finished(tmp_path: Path) -> Non
 
 
 def test_an_error_of_many_lines_is_said_in_one(capsys: pytest.CaptureFixture[str]) -> None:
-    from agentkd.cli import _complain
+    from agentkd.commands.console import complain
 
-    _complain("Error: a\nb\x1b[31m  c", "")
+    complain("Error: a\nb\x1b[31m  c", "")
     assert capsys.readouterr().err == "Error: a b [31m c\n"
 
 

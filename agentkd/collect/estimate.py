@@ -1,0 +1,84 @@
+"""What a run will cost, before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from agentkd import prompt as prompts
+from agentkd.collect.config import CollectConfig
+from agentkd.spend import Price
+from agentkd.task import Task
+from agentkd.trajectory import Trajectory, Usage
+
+__all__ = ["Estimate", "estimate"]
+
+CHARACTERS_PER_TOKEN = 4
+STEPS = 3
+STEP_TOKENS = 160
+"""Sampled tokens of a step, and as many of its observation, where nothing was measured yet."""
+ENOUGH_MEASURED = 3
+
+
+class Estimate(NamedTuple):
+    """What is still to be done, about."""
+
+    rollouts: int
+    calls: int
+    input_tokens: int
+    output_tokens: int
+    cost: float | None
+    """US dollars; None without a price for every model (of several teachers the dearest counts)."""
+    basis: str
+    """What it rests on, in words."""
+
+    def text(self) -> str:
+        """One line for people."""
+        money = "" if self.cost is None else f", about ${self.cost:.2f}"
+        return (
+            f"To do: {self.rollouts} rollouts, about {self.calls} calls, {self.input_tokens} prompt and "
+            f"{self.output_tokens} sampled tokens{money} ({self.basis})."
+        )
+
+
+def estimate(
+    config: CollectConfig,
+    tasks: Sequence[Task],
+    prices: dict[str, Price],
+    finished: Sequence[Trajectory] = (),
+) -> Estimate:
+    """Guess the cost of the rollouts that are left.
+
+    Args:
+        config: the run.
+        tasks: all its tasks.
+        prices: by model id.
+        finished: what the run has already; three of them are enough to go by.
+    """
+    left = max(0, len(tasks) * config.samples - len(finished))
+    if len(finished) >= ENOUGH_MEASURED:
+        usage = sum((item.usage for item in finished), Usage())
+        count = len(finished)
+        calls = sum(len(item.steps) for item in finished) / count
+        tokens = usage.input_tokens / count, usage.output_tokens / count
+        basis = f"measured on {count} finished rollouts"
+    else:
+        calls, *rest = _guess(config, tasks)
+        tokens = rest[0], rest[1]
+        basis = f"assumed: {calls:g} calls of {STEP_TOKENS} sampled tokens each"
+    total = Usage(input_tokens=round(left * tokens[0]), output_tokens=round(left * tokens[1]))
+    models = {teacher.model for teacher in config.everyone()}
+    cost = max(prices[model].of(total) for model in models) if models <= set(prices) else None
+    return Estimate(left, round(left * calls), total.input_tokens, total.output_tokens, cost, basis)
+
+
+def _guess(config: CollectConfig, tasks: Sequence[Task]) -> tuple[float, float, float]:
+    """Calls, prompt tokens and sampled tokens of one rollout."""
+    cot = config.agent.kind == "cot"
+    calls = 1 if cot else min(STEPS, config.agent.max_steps)
+    template = config.agent.prompt or (prompts.COT_TEACHER if cot else prompts.TEACHER)
+    question = sum(len(task.question) for task in tasks) / max(1, len(tasks))
+    first = (len(template) + question) / CHARACTERS_PER_TOKEN
+    # Each call repeats what was said before: its own prompt, then turn and observation of each step.
+    before = sum(2 * STEP_TOKENS * step for step in range(calls))
+    return float(calls), calls * first + before, float(calls * STEP_TOKENS)

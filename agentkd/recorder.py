@@ -1,0 +1,159 @@
+"""The recorder: what stands between an agent and the world while a rollout is logged.
+
+It wraps three things of one agent: the model, the tools that the sandbox is given, and the
+sandbox. Whatever is asked goes to the log first. What the log has is answered from there; what it
+has not is asked, written durably, and only then used.
+
+So a rollout that was cut off is continued by running it again: the model's and the tools' answers
+come from the log, the code runs in a fresh session, and where the log ends, life begins. Should
+the code do something else than it did before, the rollout cannot be continued
+(:class:`Diverged`) and begins anew. In a replay nothing is asked at all, and no code runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from agentkd.calls import Call, Past
+from agentkd.errors import AgentkdError
+from agentkd.secret import Redactor
+from agentkd.trajectory import Usage
+
+if TYPE_CHECKING:
+    from agentkd.agent import StepAgent
+
+__all__ = ["CannotContinue", "Diverged", "Meter", "NotRecorded", "Recorder"]
+
+
+class CannotContinue(AgentkdError):
+    """The rollout and its log do not fit together; neither the model nor the world is at fault."""
+
+
+class Diverged(CannotContinue):
+    """Run again, the rollout did something else than the log says."""
+
+
+class NotRecorded(CannotContinue):
+    """A replay came to where the log ends."""
+
+
+class Meter(Protocol):
+    """Counts what calls cost, and refuses them when nothing is left."""
+
+    def check(self) -> None:
+        """Called before a model call.
+
+        Raises:
+            AgentkdError: no call may be made any more.
+        """
+        ...
+
+    def add(self, model: str, usage: Usage, seconds: float) -> None:
+        """Called after a model call, once for each."""
+        ...
+
+
+class Recorder:
+    """The log's view of one rollout.
+
+    Args:
+        rollout: id of the trajectory.
+        write: appends a call; durable on return, or with the next call when its second argument
+            is False.
+        past: what the log has of this rollout.
+        meter: counts the calls that are made.
+        redactor: cleans what arrives.
+        replay: ask nothing and run nothing; everything comes from the log.
+    """
+
+    def __init__(
+        self,
+        rollout: str,
+        write: Callable[[Call, bool], None],
+        past: Past = Past(),  # noqa: B008  immutable
+        *,
+        meter: Meter | None = None,
+        redactor: Redactor | None = None,
+        replay: bool = False,
+    ) -> None:
+        self.rollout = rollout
+        self.past = past
+        self.meter = meter
+        self.redactor = redactor or Redactor()
+        self.replay = replay
+        self._write = write
+        self._known = {call.key: call for call in past.calls}
+        self._counts: Counter[tuple[str, int]] = Counter()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def watching(self, agent: StepAgent) -> Iterator[None]:
+        """Log what this agent asks, as long as the block lasts."""
+        from agentkd.recorded import RecordedModel, RecordedSandbox
+
+        model, sandbox = agent.model, agent.python_executor
+
+        def step() -> int:
+            return len(agent.records) + 1
+
+        agent.model = RecordedModel(model, self, step)
+        agent.python_executor = RecordedSandbox(sandbox, self, step)
+        try:
+            yield
+        finally:
+            agent.model, agent.python_executor = model, sandbox
+
+    def find(self, kind: str, step: int, request: str) -> tuple[int, Call | None]:
+        """The ordinal of the next call of this kind, and the call where it was made before.
+
+        Raises:
+            Diverged: another question was asked there before.
+        """
+        with self._lock:
+            ordinal = self._counts[kind, step]
+            self._counts[kind, step] += 1
+        call = self._known.get((kind, step, ordinal))
+        if call is not None and call.request != request:
+            raise Diverged(f"step {step}: another {kind} request than before")
+        return ordinal, call
+
+    def add(self, call: Call, *, wait: bool = True) -> Call:
+        """Write a finished call."""
+        call = call.model_copy(update={"rollout": self.rollout, "restart": self.past.restart})
+        self._write(call, wait)
+        with self._lock:
+            self.past = self.past.plus(call)
+        return call
+
+    def begin_anew(self, reason: str) -> Past:
+        """Void what stands in the log of this rollout, and say so there."""
+        mark = Call(
+            rollout=self.rollout,
+            restart=self.past.restart + 1,
+            kind="restart",
+            error=("Diverged", reason),
+        )
+        self._write(mark, True)
+        return self.past.plus(mark)
+
+    def begin(self, config: dict[str, Any], labels: dict[str, str]) -> None:
+        """Note with which settings the rollout is begun, or gone on with."""
+        if not self.replay:
+            before = self.past.begun
+            ordinal = before.ordinal + 1 if before else 0
+            answer = {"config": config, "labels": labels}
+            self.add(Call(rollout=self.rollout, kind="begin", ordinal=ordinal, answer=answer), wait=False)
+
+    def end(self) -> None:
+        """Note that the time limit ended the rollout: nothing else in the log would tell."""
+        if not self.replay:
+            self.add(Call(rollout=self.rollout, kind="end", error=("RolloutTimeout", "time limit")))
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether the log ends with a time limit."""
+        return any(call.kind == "end" for call in self.past.calls)

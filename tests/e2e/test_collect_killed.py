@@ -1,0 +1,256 @@
+"""A collection that is killed, again and again, loses nothing and asks for nothing twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentkd.calls import iter_calls
+from agentkd.record import read_trajectories, write_jsonl
+from agentkd.retrieval import Passage
+from agentkd.task import Task
+from agentkd.testing import FakeEndpoint
+from agentkd.trajectory import Trajectory
+from tests.conftest import action
+
+WORKERS = 8
+TASKS = 80
+
+
+class Teacher:
+    """Answers in three steps after a short while, and counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.answered: Counter[tuple[str, int]] = Counter()
+        self.in_flight = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, messages: list[dict[str, Any]]) -> str:
+        if len(messages) == 1:
+            return "ok"  # the check before the start
+        with self._lock:
+            self.in_flight += 1
+        time.sleep(0.03)
+        question, turn = messages[1]["content"], len(messages) // 2
+        number = question.split()[-1]
+        text = {
+            1: action("look it up", f"found = search('number {number}')\nprint(found)"),
+            2: action("compute", f"x = {number} + 1\nprint(x)"),
+        }.get(turn, action("done", "final_answer(x)"))
+        with self._lock:
+            self.in_flight -= 1
+            self.answered[question, turn] += 1
+        return text
+
+
+def write_inputs(folder: Path, count: int = TASKS) -> None:
+    tasks = [
+        Task(id=str(i), question=f"add one to {i}", answer=str(i + 1), split="train") for i in range(count)
+    ]
+    write_jsonl(folder / "tasks.jsonl", tasks)
+    passages = [Passage(id=str(i), title=f"number {i}", text=f"number {i} stands here") for i in range(20)]
+    write_jsonl(folder / "passages.jsonl", passages)
+
+
+def start(folder: Path, out: Path, url: str, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "agentkd", "collect", "--api-base", url, "--model", "fake", "--json"]
+    command += ["--tasks", str(folder / "tasks.jsonl"), "--corpus", str(folder / "passages.jsonl")]
+    command += ["--sandbox", "local", "--workers", str(WORKERS), "--out", str(out), *more]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs inherit that SIGINT is ignored; a terminal's do not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    return output if code == 0 else errors
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+def plain(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory without its times."""
+    record = trajectory.model_dump(mode="json", exclude={"commit"})  # of a checkout that may move on
+    for part in (record, *record["steps"], *(use for step in record["steps"] for use in step["tool_uses"])):
+        for name in ("seconds", "started_at", "model_seconds", "code_seconds"):
+            part.pop(name, None)
+    return record
+
+
+def results(out: Path) -> dict[str, dict[str, Any]]:
+    found = [plain(item) for item in read_trajectories(out / "trajectories.jsonl")]
+    assert len({item["id"] for item in found}) == len(found), "a trajectory stands there twice"
+    return {item["id"]: item for item in found}
+
+
+def whole_lines(out: Path) -> dict[Path, list[bytes]]:
+    """What is durable: every complete line of every log."""
+    paths = (*out.glob("calls-*.jsonl"), out / "trajectories.jsonl")
+    return {path: path.read_bytes().split(b"\n")[:-1] for path in paths if path.is_file()}
+
+
+def check_log(out: Path) -> None:
+    keys = Counter((call.rollout, call.restart, call.key) for call in iter_calls(out) if call.kind != "begin")
+    assert not [key for key, count in keys.items() if count > 1], "a finished call stands in the log twice"
+
+
+def wait_for_calls(process: subprocess.Popen[str], teacher: Teacher, more: int) -> None:
+    limit, goal = time.monotonic() + 60, sum(teacher.answered.values()) + more
+    while sum(teacher.answered.values()) < goal and process.poll() is None:
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def killed_again_and_again(folder: Path, kills: int, *more: str) -> None:
+    count = 25 * kills  # enough that the run is not over before the last kill
+    write_inputs(folder, count)
+    chance, repeats_allowed, alive = random.Random(kills), 0, 0
+    teacher, undisturbed = Teacher(), Teacher()
+    with FakeEndpoint(teacher) as endpoint:
+        for _ in range(kills):
+            process = start(folder, folder / "run", endpoint.url, *more)
+            try:
+                if chance.random() < 0.8:  # else somewhere in its start
+                    wait_for_calls(process, teacher, 1)
+                time.sleep(chance.uniform(0, 0.25))
+                alive += process.poll() is None
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                # Those the endpoint still works on, and those whose answer was not written yet.
+                repeats_allowed += WORKERS
+            finally:
+                end(process)
+            time.sleep(0.1)  # what was in flight is answered into the void
+            before = whole_lines(folder / "run")
+            assert all(json.loads(line) for lines in before.values() for line in lines)
+        finish(start(folder, folder / "run", endpoint.url, *more))
+        for path, lines in before.items():
+            assert path.read_bytes().split(b"\n")[: len(lines)] == lines, f"{path.name} lost a finished line"
+    with FakeEndpoint(undisturbed, port=int(endpoint.url.split(":")[2].split("/")[0])) as endpoint:
+        finish(start(folder, folder / "other", endpoint.url, *more))
+    repeated = sum(count - 1 for count in teacher.answered.values())
+    print(f"{kills} kills, {repeated} of {sum(teacher.answered.values())} calls repeated")
+    assert alive == kills
+    assert set(teacher.answered) == set(undisturbed.answered)
+    assert repeated <= repeats_allowed
+    check_log(folder / "run")
+    assert results(folder / "run") == results(folder / "other")
+    assert len(results(folder / "run")) == count
+
+
+def test_killed_a_few_times(tmp_path: Path) -> None:
+    killed_again_and_again(tmp_path, 4)
+
+
+def test_two_processes_killed_a_few_times(tmp_path: Path) -> None:
+    killed_again_and_again(tmp_path, 3, "--processes", "2")
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_random_moments(tmp_path: Path) -> None:
+    killed_again_and_again(tmp_path, 50)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    teacher = Teacher()
+    with FakeEndpoint(teacher) as endpoint:
+        process = start(tmp_path, tmp_path / "run", endpoint.url)
+        try:
+            wait_for_calls(process, teacher, 40)
+            process.send_signal(number)
+            assert "Stopped." in finish(process, code)
+        finally:
+            end(process)
+        figures = json.loads(finish(start(tmp_path, tmp_path / "run", endpoint.url)))
+    assert figures["correct"] == TASKS
+    assert sum(count - 1 for count in teacher.answered.values()) <= WORKERS
+    check_log(tmp_path / "run")
+
+
+def children(pid: int) -> list[int]:
+    return [int(part) for part in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the sandbox by /proc")
+def test_the_sandbox_is_killed(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    teacher = Teacher()
+    with FakeEndpoint(teacher) as endpoint:
+        process = start(tmp_path, tmp_path / "run", endpoint.url)
+        try:
+            for _ in range(3):
+                wait_for_calls(process, teacher, 40)
+                # The zygote may have been started by any thread.
+                tasks = Path(f"/proc/{process.pid}/task").iterdir()
+                pids = {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+                for pid in pids:
+                    if b"zygote" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        os.kill(pid, signal.SIGKILL)
+            first = json.loads(finish(process))
+        finally:
+            end(process)
+        # One that was hit more often than it is tried at one start is finished by the next.
+        assert first["correct"] + first["missing"] == TASKS
+        figures = json.loads(finish(start(tmp_path, tmp_path / "run", endpoint.url)))
+    assert figures["correct"] == TASKS
+    assert set(teacher.answered.values()) == {1}, "no call is repeated: only the code runs again"
+    assert all(len(item["steps"]) == 3 for item in results(tmp_path / "run").values())
+
+
+def test_the_endpoint_goes_away_and_comes_back(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    teacher = Teacher()
+    with FakeEndpoint(teacher) as endpoint:
+        process = start(tmp_path, tmp_path / "run", endpoint.url)
+        wait_for_calls(process, teacher, 60)
+    try:
+        time.sleep(1.0)
+        with FakeEndpoint(teacher, port=int(endpoint.url.split(":")[2].split("/")[0])):
+            figures = json.loads(finish(process))
+    finally:
+        end(process)
+    assert figures["correct"] == TASKS
+    assert sum(figures["faults"].values()) > 0
+    check_log(tmp_path / "run")
+
+
+def test_the_endpoint_dies_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    teacher = Teacher()
+    with FakeEndpoint(teacher) as endpoint:
+        process = start(tmp_path, tmp_path / "run", endpoint.url, "--retries", "0")
+        wait_for_calls(process, teacher, 60)
+    try:
+        said = finish(process, 4)
+    finally:
+        end(process)
+    assert "times in a row" in said
+    assert (tmp_path / "run" / "errors.jsonl").is_file()
+    with FakeEndpoint(teacher) as endpoint:
+        figures = json.loads(finish(start(tmp_path, tmp_path / "run", endpoint.url)))
+    assert figures["correct"] == TASKS
+    assert not (tmp_path / "run" / "errors.jsonl").exists()
+    check_log(tmp_path / "run")
