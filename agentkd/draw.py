@@ -120,8 +120,12 @@ class StepDraw:
             self.seconds += time.monotonic() - began
         drafts = _drafts(answer)
         self.answers.append(answer)
-        self.usage += token_usage(answer)
         return drafts
+
+    @property
+    def usage(self) -> Usage:
+        """What it has cost so far."""
+        return sum((token_usage(answer) for answer in self.answers), Usage())
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...] | None:

@@ -27,7 +27,7 @@ __all__ = ["Replayed", "replay"]
 class _Unasked:
     """Stands where the run had something to search: the log has the results."""
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+    def search(self, queries: Sequence[str], k: int = 3) -> list[list[Hit]]:
         raise CannotContinue("a replay does not search")
 
 
