@@ -472,7 +472,7 @@ def test_a_recipe_can_ask_for_first_thoughts(tmp_path: Path) -> None:
 
     recipe = quickstart_recipe("tiny")
     wished = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"first_thought": True})})
-    data = _Data([TASK], [], tmp_path)
+    data = _Data([TASK], tmp_path, None)
 
     def chosen(recipe: Recipe, kind: Any) -> FirstThoughtConfig | None:
         return _collect_config(recipe, data, kind, "http://127.0.0.1:9/v1", "m", {}).first_thought
