@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo
-EXTRAS := tasks,train,serve,report,mcp
+EXTRAS := tasks,train,serve,report,mcp,exchange,ray
 # torch is named alone so that pip takes a CPU build where one is offered; on a GPU machine use TORCH=torch.
 TORCH ?= torch==2.13.0
 
