@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agentkd.commands import exchange as exchange_commands
+from agentkd.commands import merge as merge_commands
 from agentkd.errors import AgentkdError, ConfigError
 
 if TYPE_CHECKING:
@@ -182,6 +184,9 @@ def collect(
     max_steps: Annotated[int, typer.Option(min=1)] = 5,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one call of the endpoint.")] = 600.0,
     workers: Workers = 16,
+    shard: Annotated[
+        str | None, typer.Option(help='Only part i of n of the tasks, as in "2/8"; see `agentkd merge`.')
+    ] = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
@@ -211,6 +216,7 @@ def collect(
             corpus=corpus,
             samples=samples,
             workers=workers,
+            shard=shard,
             labels=labels,
         )
         with _rollout_progress("collect", as_json) as show:
@@ -441,6 +447,10 @@ def _version(value: bool) -> None:
 
         print(f"agentkd {__version__}")
         raise typer.Exit
+
+
+for _commands in (exchange_commands, merge_commands):
+    _commands.register(app)
 
 
 @app.callback()

@@ -21,6 +21,7 @@ from agentkd.record import iter_jsonl, load_tasks, read_json, write_json, write_
 from agentkd.retrieval import Passage
 from agentkd.rollout import Progress, run_rollouts
 from agentkd.scorer import check_scorers
+from agentkd.shard import Shard
 from agentkd.task import Task
 from agentkd.taskset import load_taskset
 from agentkd.trajectory import Trajectory
@@ -46,6 +47,8 @@ class CollectConfig(BaseModel):
     """Rollouts of each task."""
     workers: int = Field(default=16, ge=1)
     """Rollouts in flight."""
+    shard: str | None = None
+    """Only this part of the tasks, as in "2/8"; the other parts are other runs, see agentkd.merge."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Kept in every record, for instance who the teacher is."""
 
@@ -80,14 +83,15 @@ def collect(
         from agentkd.sandbox import open_sandbox
 
         open_sandbox(config.agent.sandbox)  # raises what is missing before anything is written
-    tasks, passages = _inputs(config, out)
+    every, passages = _inputs(config, out)
+    tasks = Shard.parse(config.shard).take(every) if config.shard else every
     log = out / "trajectories.jsonl"
     wanted = len(tasks) * config.samples
     tools = search_tools(passages, config.agent.search_k)
     check_scorers(tasks)
     if _finished(log) < wanted:
         check_endpoint(config.agent.api_base, config.agent.model, config.agent.api_key)
-    _begin(config, out, tasks, passages)  # only now: a mistake above must not bind the folder to it
+    _begin(config, out, every, passages)  # only now: a mistake above must not bind the folder to it
     trajectories = run_rollouts(
         tasks,
         agent_factory(config.agent, tools),
@@ -169,6 +173,11 @@ def _same_agent(out: Path, config: CollectConfig) -> None:
     path, settings = out / "config.json", _settings(config)
     if path.is_file():
         theirs = read_json(path)
+        if theirs.get("shard") != settings["shard"]:
+            raise ConfigError(
+                f"{out} holds the shard {theirs.get('shard') or 'of all tasks'}.",
+                "Give each shard its own --out.",
+            )
         changed = sorted(
             key for key in settings["agent"] if theirs["agent"].get(key) != settings["agent"][key]
         )

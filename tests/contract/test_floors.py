@@ -13,12 +13,12 @@ ROOT = Path(agentkd.__file__).parent
 
 FLOORS = {
     **dict.fromkeys(["errors", "task", "trajectory", "record"], 0),
-    **dict.fromkeys(["model", "engine", "tool", "sandbox", "retrieval", "taskset"], 1),
+    **dict.fromkeys(["model", "engine", "tool", "sandbox", "retrieval", "taskset", "shard"], 1),
     **dict.fromkeys(["prompt", "action", "agent", "agent_config", "sampler", "vote", "scorer", "rollout"], 2),
     **dict.fromkeys(["expert", "system"], 2),
-    **dict.fromkeys(["collect", "filter", "distill", "serve", "evaluate", "report"], 3),
-    **dict.fromkeys(["recipe", "pipeline", "display"], 4),
-    "cli": 5,
+    **dict.fromkeys(["collect", "filter", "distill", "serve", "evaluate", "report", "exchange", "merge"], 3),
+    **dict.fromkeys(["recipe", "pipeline", "display", "cluster"], 4),
+    **dict.fromkeys(["cli", "commands"], 5),
 }
 BESIDE = {"testing", "__init__", "__main__"}
 STAGE_PAIRS = {("report", "evaluate")}

@@ -1,0 +1,67 @@
+"""What the commands share: options that many of them have, and how they speak."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+__all__ = ["Json", "Out", "Sandbox", "Workers", "announce", "complain", "leave", "print_json", "progress_bar"]
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it goes on.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Workers = Annotated[int, typer.Option(min=1, help="Rollouts in flight.")]
+Sandbox = Annotated[
+    str | None,
+    typer.Option(help='Where model-written code runs: "local" (a child process, not a security boundary).'),
+]
+
+
+def complain(*lines: str) -> None:
+    """One line each on stderr, whatever stands in them."""
+    for line in lines:
+        if line:  # an endpoint's error may have line ends and control characters in it
+            plain = "".join(char if char.isprintable() else " " for char in line)
+            print(" ".join(plain.split()), file=sys.stderr)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit at once: worker threads may still wait for an endpoint, and nothing is left to write."""
+    import atexit
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(code)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def progress_bar() -> Any:
+    """A bar on stderr: what, how far, a note, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def announce(sandbox: str | None) -> None:
+    """Say what the chosen sandbox is not."""
+    if sandbox == "local":
+        from agentkd.sandbox import LOCAL_WARNING
+
+        print(f"Note: {LOCAL_WARNING}", file=sys.stderr)
