@@ -187,6 +187,14 @@ def collect(
     shard: Annotated[
         str | None, typer.Option(help='Only part i of n of the tasks, as in "2/8"; see `agentkd merge`.')
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help='"local", or "ray": the shards of a run on a cluster.')
+    ] = "local",
+    shards: Annotated[int, typer.Option(min=1, help="ray only: parts of the run.")] = 16,
+    store: Annotated[
+        str | None, typer.Option(help="ray only: place that all nodes reach, as in s3://bucket/run.")
+    ] = None,
+    ray_address: Annotated[str | None, typer.Option(help='ray only: the cluster, as in "auto".')] = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
@@ -219,6 +227,13 @@ def collect(
             shard=shard,
             labels=labels,
         )
+        if engine == "ray":
+            from agentkd.commands.cluster import run_on_ray
+
+            run_on_ray(config, out, store, shards, ray_address, as_json)
+            return
+        if engine != "local":
+            raise ConfigError(f"Unknown engine {engine!r}.", 'Known engines: "local", "ray".')
         with _rollout_progress("collect", as_json) as show:
             done = run(config, out, show)
     correct = sum(item.correct for item in done.trajectories)

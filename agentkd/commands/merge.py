@@ -12,8 +12,9 @@ from agentkd.commands.console import Json, print_json, progress_bar
 __all__ = ["register"]
 
 _EXAMPLE = (
-    "Example:\n\n`agentkd collect --shard 1/2 ... --out runs/a`, `agentkd collect --shard 2/2 ... --out runs/b` "
-    "on two machines, then `agentkd merge runs/a runs/b --out runs/all`"
+    "Example:\n\n`agentkd collect --shard 1/2 ... --out runs/a` on one machine and "
+    "`agentkd collect --shard 2/2 ... --out runs/b` on another, then\n\n"
+    "`agentkd merge runs/a runs/b --out runs/all`"
 )
 
 

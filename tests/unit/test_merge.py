@@ -153,9 +153,7 @@ def test_other_tasks_under_the_same_ids_and_folders_that_are_no_runs_are_refused
     with FakeEndpoint(teacher) as endpoint:
         collect(config(tasks, endpoint.url), tmp_path / "a")
         rows = [json.loads(line) for line in tasks.read_text().splitlines()]
-        write_jsonl(
-            tasks, [Task(**{**row, "question": row["question"].replace("add", "add to")}) for row in rows]
-        )
+        write_jsonl(tasks, [Task(**{**row, "question": f"please {row['question']}"}) for row in rows])
         collect(config(tasks, endpoint.url), tmp_path / "b")
     with pytest.raises(DataError, match="another task"):
         merge_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
