@@ -215,7 +215,10 @@ class _Gold:
         new = known or task
         if self.scorer is not None:
             new = new.model_copy(update={"scorer": self.scorer})
-        return trajectory.model_copy(update={"task": new, "score": score(new, trajectory.answer)})
+        made_up = trajectory.id == f"{task.id}#{trajectory.sample}"
+        name = f"{new.id}#{trajectory.sample}" if made_up else trajectory.id
+        scored = score(new, trajectory.answer)
+        return trajectory.model_copy(update={"id": name, "task": new, "score": scored})
 
 
 def _imported(
