@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from agentkd.agent import NO_CODE, parse_action
+from agentkd.action import Parsed, parse_action
+from agentkd.agent import NO_CODE
 from agentkd.exchange.infer import tools_called
 from agentkd.prompt import action_text, answer_from_cot
 from agentkd.scorer import score
@@ -28,6 +29,7 @@ Row = dict[str, Any]
 Container = Literal[".jsonl", ".json", ".parquet", ".txt", "files", "dataset"]
 """Where rows lie: a file by its suffix, a folder of JSON files, or a folder of ``datasets``."""
 
+_FENCE = re.compile(r"```|~~~|<code>|<python>", re.IGNORECASE)
 _FINAL = re.compile(r"\bfinal_answer\s*\(")
 _ERROR = re.compile(r"(?:\A|\n)Error: (.+)\Z", re.DOTALL)
 
@@ -52,8 +54,13 @@ class Turn:
 
 def said(text: str, observation: str | None = None) -> Turn:
     """A turn from a text that is in the student's form already: a thought and a code block."""
-    parsed = parse_action(text)
+    parsed = parse_action(text) if _FENCE.search(text) else _plain(text.strip())
     return Turn(parsed.output, parsed.thought, parsed.code, observation, raw=text, repairs=parsed.repairs)
+
+
+def _plain(text: str) -> Parsed:
+    """A text without a fence: "Answer: sqrt(2)" would pass for Python, but is none."""
+    return Parsed(text.removeprefix("Thought:").strip(), None, text, ())
 
 
 def acted(thought: str, code: str, observation: str | None = None, raw: str | None = None) -> Turn:

@@ -135,9 +135,9 @@ def test_what_atif_measured_is_kept_and_what_has_no_place_is_counted(tmp_path: P
 
 
 def test_a_chain_of_thought_is_one(tmp_path: Path) -> None:
-    talk = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "Add.\nAnswer: 3"}]
-    (item,) = imported(tmp_path, "chat", [{"messages": talk, "answer": "3"}])
-    assert (item.kind, item.answer, item.correct, item.stop_reason) == ("cot", "3", True, "final_answer")
+    talk = [{"role": "user", "content": "f?"}, {"role": "assistant", "content": "Add.\nAnswer: f(2)"}]
+    (item,) = imported(tmp_path, "chat", [{"messages": talk, "answer": "f(2)"}])
+    assert (item.kind, item.answer, item.correct, item.stop_reason) == ("cot", "f(2)", True, "final_answer")
 
 
 def test_runs_of_one_task_are_numbered(tmp_path: Path) -> None:
