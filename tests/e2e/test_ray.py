@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,32 +71,32 @@ def finished(store: Path) -> list[int]:
     return [path.read_bytes().count(b"\n") for path in store.glob("shards/*/*/trajectories.jsonl")]
 
 
+def until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
 def test_a_killed_node_costs_nothing_that_was_finished(cluster: Any, tmp_path: Path) -> None:
     rows = [Task(id=f"t{i}", question=f"add {i}", answer=str(i + 1), split="train") for i in range(COUNT)]
     write_jsonl(tmp_path / "tasks.jsonl", rows)
     store, held = tmp_path / "store", Held(rows)
     settings = ClusterConfig(shards=SHARDS, copy_seconds=0.5)
 
-    def kill() -> None:
-        """When each node is in the middle of a shard: then it is certain that one of them is lost."""
-        while finished(store) != [3, 3, 3]:
-            time.sleep(0.05)
-        cluster.remove_node(cluster.workers[0], allow_graceful=False)
-        cluster.add_node(num_cpus=1)
-        while len(finished(store)) < 4:  # by the time the new node works, nothing of the old one is alive
-            time.sleep(0.05)
-        held.go.set()
-
-    with FakeEndpoint(held) as endpoint:
+    with FakeEndpoint(held) as endpoint, ThreadPoolExecutor(1) as pool:
         config = CollectConfig(
             tasks=str(tmp_path / "tasks.jsonl"),
             agent=AgentConfig(model="fake", api_base=endpoint.url, sandbox="local"),
             workers=2,
         )
-        killer = threading.Thread(target=kill, daemon=True)
-        killer.start()
-        done = collect_on_ray(config, tmp_path / "out", f"file://{store}", settings)
-        assert held.go.is_set()
+        run = pool.submit(collect_on_ray, config, tmp_path / "out", f"file://{store}", settings)
+        until(lambda: finished(store) == [3, 3, 3])  # each node is in the middle of a shard
+        cluster.remove_node(cluster.workers[0], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        until(lambda: len(finished(store)) == 4)  # the new node works, and nothing of the old one is alive
+        held.go.set()
+        done = run.result(timeout=120)
         talks = [request["messages"] for request in endpoint.requests if len(request["messages"]) > 1]
         asked = Counter(talk[1]["content"] for talk in talks)
         assert done.problems == ()
