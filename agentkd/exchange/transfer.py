@@ -290,11 +290,20 @@ def _hashed(question: str) -> str:
 def _row_lost(row: Row, trajectory: Trajectory, form: Format) -> Counter[str]:
     """Values of a row that encoding its trajectory does not give back."""
     again = _encoded(trajectory, form)
-    mine = {key: value for key, value in row.items() if key != form.extra[0]}
+    mine = _without(row, form.extra)
     for key, value in mine.items():
         if isinstance(value, str) and isinstance(again.get(key), dict):
             mine[key] = json.loads(value)  # as Parquet keeps it
     return row_differences(mine, again)
+
+
+def _without(row: Row, place: tuple[str, ...]) -> Row:
+    """A copy without what travels beside: that is no value of the source's own."""
+    key, *inner = place
+    left = {name: value for name, value in row.items() if name != key}
+    if inner and isinstance(row.get(key), dict):
+        left[key] = _without(row[key], tuple(inner))
+    return left
 
 
 def _once(seen: dict[str, str], name: str, path: Path, where: str) -> None:

@@ -93,6 +93,7 @@ ATIF = {
         },
         {"step_id": 3, "source": "agent", "message": "It rains.", "extra": {"x": 1}},
     ],
+    "extra": {"y": 2},
 }  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def test_what_atif_measured_is_kept_and_what_has_no_place_is_counted(tmp_path: P
     (item,) = read_trajectories(tmp_path / "run" / "trajectories.jsonl")
     assert (item.model, item.steps[0].actor, item.steps[0].usage.input_tokens) == ("m1", "m2", 5)
     assert item.steps[0].output_token_ids == (4, 5)
-    assert done.lost["steps.extra.x"] == 1
+    assert (done.lost["steps.extra.x"], done.lost["extra.y"]) == (1, 1)
 
 
 def test_a_chain_of_thought_is_one(tmp_path: Path) -> None:
