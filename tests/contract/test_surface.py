@@ -11,7 +11,18 @@ import pytest
 
 import agentkd
 
-COMMANDS = ["collect", "merge", "export", "import", "filter", "distill", "evaluate", "serve", "quickstart", "run"]
+COMMANDS = [
+    "collect",
+    "merge",
+    "export",
+    "import",
+    "filter",
+    "distill",
+    "evaluate",
+    "serve",
+    "quickstart",
+    "run",
+]
 
 HEAVY = "torch transformers peft smolagents openai numpy pandas datasets fastapi uvicorn bm25s reasoning_gym"
 
