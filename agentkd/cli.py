@@ -12,6 +12,8 @@ import typer
 
 from agentkd.commands import collect as collect_command
 from agentkd.commands import doctor
+from agentkd.commands import exchange as exchange_commands
+from agentkd.commands import merge as merge_command
 from agentkd.commands import retrieval as retrieval_commands
 from agentkd.commands.console import (
     Corpus,
@@ -38,7 +40,8 @@ app = typer.Typer(
     help="Distil a tool-using LLM agent into a small model, and serve it.\n\n"
     "Start with `agentkd quickstart --out demo`: no GPU and no key are needed.",
 )
-collect_command.register(app)
+for _commands in (retrieval_commands, collect_command):
+    _commands.register(app)
 
 
 def main() -> None:
@@ -318,8 +321,8 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-doctor.register(app)
-retrieval_commands.register(app)
+for _commands in (merge_command, exchange_commands, doctor):
+    _commands.register(app)
 
 
 @app.callback()

@@ -20,7 +20,7 @@ from agentkd.errors import ConfigError, boundary
 if TYPE_CHECKING:
     from smolagents import Tool
 
-__all__ = ["load_tool", "mcp_tools", "tool_names", "tool_schema", "tools_folder"]
+__all__ = ["declared_schema", "load_tool", "mcp_tools", "tool_names", "tool_schema", "tools_folder"]
 
 
 def tools_folder() -> Path:
@@ -46,13 +46,18 @@ def load_tool(name_or_path: str | Path, **arguments: Any) -> Tool:
             refuses the arguments.
     """
     path = _tool_file(name_or_path)
+    tool = _only_class(path)
+    with boundary(ConfigError, f"creating the tool in {path}"):
+        return tool(**arguments)
+
+
+def _only_class(path: Path) -> type[Tool]:
     found = _tool_classes(path)
     if len(found) != 1:
         raise ConfigError(
             f"{path} defines {len(found)} Tool classes.", "A tool file must define exactly one."
         )
-    with boundary(ConfigError, f"creating the tool in {path}"):
-        return found[0](**arguments)
+    return found[0]
 
 
 def _tool_file(name_or_path: str | Path) -> Path:
@@ -96,6 +101,15 @@ def tool_schema(tool: Any) -> str:
         },
         ensure_ascii=False,
     )
+
+
+def declared_schema(name_or_path: str | Path) -> str:
+    """The schema of a tool that is not loaded, as :func:`tool_schema` gives it.
+
+    Raises:
+        ConfigError: see :func:`load_tool`.
+    """
+    return tool_schema(_only_class(_tool_file(name_or_path)))
 
 
 @contextmanager

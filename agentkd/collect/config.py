@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from agentkd.errors import ConfigError, boundary
 from agentkd.first_thought import FirstThoughtConfig
 from agentkd.gate import GateConfig
 from agentkd.rollouts import RunOptions
+from agentkd.shard import Shard
 from agentkd.spend import Budget, Price
+from agentkd.task import Task
 
 __all__ = ["CollectConfig", "TeacherConfig", "load_teachers"]
 
@@ -101,6 +104,8 @@ class CollectConfig(BaseModel):
     """By model id; published prices for the others, where there are any."""
     fsync: bool = True
     """Wait for the disk at each call."""
+    shard: str | None = None
+    """Only this part of the tasks, as in "2/8"; the other parts are other runs, see agentkd.merge."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Kept in every record, for instance who the teacher is."""
 
@@ -133,6 +138,10 @@ class CollectConfig(BaseModel):
             update={"model": teacher.model, "api_base": teacher.api_base, "api_key": teacher.api_key}
         )
 
+    def part(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """The tasks of this run's shard; all where it has none."""
+        return Shard.parse(self.shard).take(tasks) if self.shard else tasks
+
     def lasting(self) -> dict[str, Any]:
         """The settings that decide what is collected: those a run must go on with."""
         agent = self.agent.model_dump(mode="json")
@@ -144,5 +153,6 @@ class CollectConfig(BaseModel):
             "seed": self.seed,
             "temperatures": list(self.temperatures),
             "labels": self.labels,
+            "shard": self.shard,
             "first_thought": self.first_thought.model_dump(mode="json") if self.first_thought else None,
         }

@@ -75,14 +75,15 @@ def collect(
     """
     _check(config)
     with RunLock(out):
-        tasks, corpus = check_inputs(config, out)
+        every, corpus = check_inputs(config, out)
+        tasks = config.part(every)
         check_scorers(tasks)
         prices = price_table(config)
         wanted = len(tasks) * config.samples
         unfinished = _finished(out / "trajectories.jsonl") < wanted
         if unfinished:
             _check_endpoints(config.everyone())
-        begin(config, out, tasks, corpus)  # only now: a mistake above must not bind the folder to it
+        begin(config, out, every, corpus)  # only now: a mistake above must not bind the folder to it
         ledger = Ledger(config.budget, prices)
         thoughts = _first_thoughts(config, tasks, out, unfinished, ledger, on_first_thought)
         if thoughts is not None:
@@ -119,7 +120,7 @@ def expect(config: CollectConfig, out: Path) -> Estimate:
     _check(config)
     tasks, _ = check_inputs(config, out)
     finished = finished_rollouts(out / "trajectories.jsonl")
-    return estimate(config, tasks, price_table(config), list(finished.values()))
+    return estimate(config, config.part(tasks), price_table(config), list(finished.values()))
 
 
 def _check(config: CollectConfig) -> None:

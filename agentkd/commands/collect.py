@@ -117,6 +117,17 @@ def collect(
     replay: Annotated[
         Path | None, typer.Option(help="Rebuild this run from its log instead; asks no endpoint.")
     ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help='Only part i of n of the tasks, as in "2/8"; see `agentkd merge`.')
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help='"local", or "ray": the shards of a run on a cluster.')
+    ] = "local",
+    shards: Annotated[int, typer.Option(min=1, help="ray only: parts of the run.")] = 16,
+    store: Annotated[
+        str | None, typer.Option(help="ray only: place that all nodes reach, as in s3://bucket/run.")
+    ] = None,
+    ray_address: Annotated[str | None, typer.Option(help='ray only: the cluster, as in "auto".')] = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
@@ -169,7 +180,15 @@ def collect(
             prices=load_prices(prices) if prices else {},
             fsync=fsync,
             labels=labels,
+            shard=shard,
         )
+        if engine == "ray":
+            from agentkd.commands.cluster import run_on_ray
+
+            run_on_ray(config, out, store, shards, ray_address, as_json)
+            return
+        if engine != "local":
+            raise ConfigError(f"Unknown engine {engine!r}.", 'Known engines: "local", "ray".')
         _run(config, out, compare, estimate, as_json)
 
 

@@ -13,15 +13,15 @@ ROOT = Path(agentkd.__file__).parent
 
 FLOORS = {
     **dict.fromkeys(["errors", "task", "trajectory", "record", "calls", "secret"], 0),
-    **dict.fromkeys(["model", "endpoint", "engine", "tool", "sandbox", "retrieval", "taskset"], 1),
+    **dict.fromkeys(["model", "endpoint", "engine", "tool", "sandbox", "retrieval", "taskset", "shard"], 1),
+    **dict.fromkeys(["gate", "spend", "telemetry"], 1),
     **dict.fromkeys(
         ["prompt", "action", "draw", "agent", "agent_config", "sampler", "vote", "scorer", "rollout"], 2
     ),
-    **dict.fromkeys(["gate", "spend", "telemetry"], 1),
     **dict.fromkeys(["recorder", "recorded", "rollouts", "crew", "processes"], 2),
     **dict.fromkeys(["first_thought", "expert", "system"], 2),
-    **dict.fromkeys(["collect", "filter", "distill", "serve", "evaluate", "report"], 3),
-    **dict.fromkeys(["recipe", "pipeline", "display", "doctor", "first_thought_report"], 4),
+    **dict.fromkeys(["collect", "filter", "distill", "serve", "evaluate", "report", "exchange", "merge"], 3),
+    **dict.fromkeys(["recipe", "pipeline", "display", "doctor", "first_thought_report", "cluster"], 4),
     **dict.fromkeys(["cli", "commands"], 5),
 }
 BESIDE = {"testing", "__init__", "__main__"}
