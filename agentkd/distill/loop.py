@@ -33,7 +33,7 @@ class StepLog(BaseModel):
     step: int
     """1 for the first."""
     loss: float
-    """Mean cross-entropy (nats) of the step's target tokens."""
+    """Mean cross-entropy (nats) of the step's target tokens, weighted by what they count."""
     learning_rate: float
     grad_norm: float
     """Before clipping."""
@@ -122,7 +122,8 @@ def _step(
     targets = sum(example.targets for example in batch)
     learner.refresh()
     loss = 0.0
-    for part, grads in workers.map(learner.packs(batch, workers.count), targets, step):
+    weight = sum(example.weight for example in batch)
+    for part, grads in workers.map(learner.packs(batch, workers.count), weight, step):
         loss += part
         _accumulate(parameters, grads)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

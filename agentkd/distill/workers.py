@@ -34,23 +34,23 @@ class Workers:
         self._pool = pool
         self.count = count
 
-    def map(self, packs: Sequence[Pack], targets: int, step: int) -> Iterator[tuple[float, Grads]]:
+    def map(self, packs: Sequence[Pack], weight: float, step: int) -> Iterator[tuple[float, Grads]]:
         """For each pack, in order: its part of the mean loss, and the gradient of that.
 
         Args:
             packs: the batch.
-            targets: target tokens of the whole batch.
+            weight: what all targets of the batch count together.
             step: 0 for the first, for the error message.
 
         Raises:
             TrainingError: a loss is not a number; names the trajectory.
         """
-        return self._pool.map(lambda pack: self._one(pack, targets, step), packs)
+        return self._pool.map(lambda pack: self._one(pack, weight, step), packs)
 
-    def _one(self, pack: Pack, targets: int, step: int) -> tuple[float, Grads]:
+    def _one(self, pack: Pack, weight: float, step: int) -> tuple[float, Grads]:
         losses = self._learner.losses(pack)
         _check(losses, pack, step)
-        part = losses.sum() / targets
+        part = (losses * losses.new_tensor(pack.weights)).sum() / weight
         return part.item(), torch.autograd.grad(part, self._parameters, allow_unused=True)
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from agentkd.engine.template import accept_system_role
 from agentkd.errors import ConfigError, StorageError, boundary
 
 __all__ = ["PACKAGED", "cache_dir", "load_model", "load_tokenizer", "model_hash", "resolve_model"]
@@ -223,7 +224,7 @@ def load_model(path: Path, dtype: Any = None) -> Any:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model or student folder, with its chat template.
+    """The tokenizer of a model or student folder, with a chat template that takes a system message.
 
     Raises:
         ConfigError: it has none, or one without chat template.
@@ -237,6 +238,7 @@ def load_tokenizer(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if not tokenizer.chat_template:
         raise ConfigError(f"The tokenizer in {path} has no chat template.", "Use an instruction-tuned model.")
+    accept_system_role(tokenizer)
     return tokenizer
 
 
