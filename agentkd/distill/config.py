@@ -44,7 +44,7 @@ class DistillConfig(BaseModel):
     max_length: int = Field(default=1024, ge=8)
     """Longest example in tokens."""
     overlong: Literal["drop", "cut"] = "drop"
-    """What becomes of longer ones: left out, or cut behind the last whole step that fits; both are counted."""
+    """What becomes of longer ones: left out, or cut behind the last whole step that fits; counted."""
     rendering: Literal["whole", "step"] = "whole"
     """A trajectory is one example ("whole"), or every step is one with a prompt of its own ("step"), which
     chat templates need that rewrite earlier turns."""

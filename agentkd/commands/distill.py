@@ -1,0 +1,150 @@
+"""``agentkd distill``: train a student, look at what it learns, check what is served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agentkd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from agentkd.distill import DistillConfig
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "distill",
+        epilog="Examples:\n\n`agentkd distill runs/maths/kept/kept.jsonl --out student`\n\n"
+        "`agentkd distill kept.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --epochs 2 --lr 2e-4 --rank 64 "
+        "--out student`\n\n"
+        "`agentkd distill kept.jsonl --show-mask 2` (which tokens would be learnt; trains nothing)\n\n"
+        "`agentkd distill --check student` (is what is served what was trained?)",
+    )(distill)
+
+
+def distill(
+    trajectories: Annotated[Path | None, typer.Argument(help="kept.jsonl")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it goes on.")
+    ] = None,
+    base: Annotated[str, typer.Option(help='"smollm2-135m", a Hub id, or a local folder.')] = "smollm2-135m",
+    kind: Annotated[str, typer.Option(help='"agent" or "cot".')] = "agent",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; overrides --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.01)] = 2.0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-3,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 16,
+    max_length: Annotated[int, typer.Option(min=8, help="Longest example in tokens.")] = 1024,
+    overlong: Annotated[
+        str, typer.Option(help='Longer examples: "drop", or "cut" behind a whole step.')
+    ] = "drop",
+    rendering: Annotated[
+        str, typer.Option(help='"whole" trajectories, or "step" by step for templates that rewrite.')
+    ] = "whole",
+    failed_steps: Annotated[str, typer.Option(help='"context" (read only) or "target".')] = "context",
+    first_thought: Annotated[
+        str, typer.Option(help='A given beginning is a "target", or only "context".')
+    ] = "target",
+    weights: Annotated[
+        str, typer.Option(help='What tokens count, as "thought=0.5,action=1,final_answer=2".')
+    ] = "",
+    seed: int = 0,
+    show_mask: Annotated[
+        int, typer.Option(min=0, help="Print so many examples, coloured by what is learnt, and stop.")
+    ] = 0,
+    check: Annotated[
+        Path | None, typer.Option(help="Check this student's parity as it is served, and train nothing.")
+    ] = None,
+    api_base: Annotated[str | None, typer.Option(help="With --check: the server to ask.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --check: the student's name there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Train a LoRA student on kept trajectories; a stopped training goes on from its checkpoint.
+
+    Before training, every example is held against what the student will be asked and must emit; after
+    it, the student is asked again what it was trained on. Token ids must agree.
+    """
+    if check is not None:
+        _check(check, api_base, model, as_json)
+        return
+    if trajectories is None:
+        raise ConfigError(
+            "No trajectories were given.", "Name a kept.jsonl, or check a student with --check."
+        )
+    from agentkd.distill import DistillConfig
+
+    settings: dict[str, Any] = {
+        "base": base,
+        "kind": kind,
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": lr,
+        "lora_r": rank,
+        "lora_alpha": 2 * rank,
+        "max_length": max_length,
+        "overlong": overlong,
+        "rendering": rendering,
+        "failed_steps": failed_steps,
+        "first_thought": first_thought,
+        "weights": _weights(weights),
+        "seed": seed,
+    }
+    config = DistillConfig(**settings)
+    if show_mask:
+        from agentkd.distill.show import show_examples
+
+        show_examples(trajectories, config, show_mask)
+        return
+    if out is None:
+        raise ConfigError("No folder to write was given.", "Add --out student.")
+    _train(trajectories, out, config, as_json)
+
+
+def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) -> None:
+    from agentkd.display import Display
+    from agentkd.distill import distill as run
+
+    with Display(as_json) as shown:
+        shown.stage("distill")
+        student = run(trajectories, out, config, shown.training)
+        shown.done(f"{student.training['steps']} steps, loss {student.training['last_loss']:.3f}")
+    if as_json:
+        print(json.dumps({"out": str(out), "training": student.training}, ensure_ascii=False))
+        return
+    print(f"Student in {out}")
+    print(f"Next: agentkd serve {out}")
+
+
+def _check(student: Path, api_base: str | None, model: str | None, as_json: bool) -> None:
+    from agentkd.distill.served import require_parity
+    from agentkd.pipeline import check_student
+
+    result = check_student(student, api_base=api_base, model=model)
+    if as_json:
+        print(json.dumps(result.model_dump(mode="json")))
+    else:
+        print(
+            f"{result.prompts_equal} of {result.prompts} prompts have the ids of the training, "
+            f"{result.canonical} of {result.stopped} finished greedy answers are canonical, "
+            f"{result.reproduced} are exactly what was taught ({result.served_by})"
+        )
+        if result.sampled_other:
+            print(f"{len(result.sampled_other)} of {result.sampled} sampled answers are other tokens.")
+    require_parity(result)
+
+
+def _weights(text: str) -> dict[str, float]:
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    try:
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError:
+        raise ConfigError(
+            f"--weights {text!r} cannot be read.", 'Write it as "thought=0.5,action=1,final_answer=2".'
+        ) from None
