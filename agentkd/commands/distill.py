@@ -54,6 +54,15 @@ def distill(
     weights: Annotated[
         str, typer.Option(help='What tokens count, as "thought=0.5,action=1,final_answer=2".')
     ] = "",
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What is minimised: sft, masked, forward-kl, reverse-kl, jsd, taid, first, plackett-luce."
+        ),
+    ] = "sft",
+    teacher_model: Annotated[
+        str | None, typer.Option(help="For the last six: a local model with the same vocabulary.")
+    ] = None,
     seed: int = 0,
     show_mask: Annotated[
         int, typer.Option(min=0, help="Print so many examples, coloured by what is learnt, and stop.")
@@ -94,6 +103,8 @@ def distill(
         "failed_steps": failed_steps,
         "first_thought": first_thought,
         "weights": _weights(weights),
+        "objective": objective,
+        "teacher": teacher_model,
         "seed": seed,
     }
     config = DistillConfig(**settings)

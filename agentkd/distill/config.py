@@ -71,6 +71,16 @@ class DistillConfig(BaseModel):
     micro_tokens: int = Field(default=2048, ge=1)
     """Tokens that are computed at once: less needs less memory."""
 
+    objective: Literal[
+        "sft", "masked", "forward-kl", "reverse-kl", "jsd", "taid", "first", "plackett-luce"
+    ] = "sft"
+    """What is minimised, see :mod:`agentkd.distill.objectives`."""
+    teacher: str | None = None
+    """Local model with the same vocabulary, for the objectives that need a teacher's logits."""
+    teacher_share: float = Field(default=1.0, gt=0, le=1)
+    """Of the divergence from the teacher; the rest is cross-entropy."""
+    mask_rate: float = Field(default=0.4, ge=0, lt=1)
+    """Objective "masked": share of the student's own tokens that it does not get to read."""
     replays: int = Field(default=3, ge=0)
     """Trajectories that the finished student is asked again to check parity; 0 checks none."""
 

@@ -413,3 +413,58 @@ def test_recorded_sample_sets_have_no_fault(smollm2: Any, path: Path) -> None:
     made = build_examples(list(items.values()), smollm2, DistillConfig(kind=kind))
     found = find_faults(made.examples, items, made.system_prompt, smollm2, frozenset({smollm2.eos_token_id}))
     assert [str(it) for it in found] == []
+
+
+@pytest.mark.parametrize("objective", ["masked", "forward-kl", "taid", "plackett-luce"])
+def test_other_objectives_train_and_resume_exactly(
+    base: Path, kept: Path, taught: Path, tmp_path: Path, objective: str
+) -> None:
+    teacher = None if objective == "masked" else str(taught)
+    config = settings(base, objective=objective, teacher=teacher, steps=8)
+    distill(kept, tmp_path / "whole", config)
+    curve = losses(tmp_path / "whole")
+    assert curve[-1] < curve[0]
+
+    def stop(step_: int, steps: int, loss: float) -> None:
+        if step_ == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(kept, tmp_path / "again", config, stop)
+    distill(kept, tmp_path / "again", config)
+    assert losses(tmp_path / "again") == pytest.approx(curve, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def taught(finished: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished student as a model of its own, to teach others."""
+    from peft import PeftModel
+
+    folder = tmp_path_factory.mktemp("taught")
+    model = PeftModel.from_pretrained(load_model(base), finished / "adapter").merge_and_unload()
+    model.save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+    return folder
+
+
+def test_a_student_learns_the_logits_of_a_local_teacher(
+    base: Path, kept: Path, taught: Path, tmp_path: Path
+) -> None:
+    config = settings(base, objective="forward-kl", teacher=str(taught), steps=40)
+    distill(kept, tmp_path / "s", config)
+    curve = losses(tmp_path / "s")
+    assert curve[-1] < 0.2 * curve[0]
+
+
+def test_a_teacher_that_is_missing_or_of_another_vocabulary_is_refused(
+    base: Path, kept: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="needs a teacher"):
+        distill(kept, tmp_path / "a", settings(base, objective="jsd"))
+    other = tmp_path / "other"
+    load_model(base).save_pretrained(other)
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens(["Thoughtful"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ConfigError, match="vocabulary of the teacher"):
+        distill(kept, tmp_path / "b", settings(base, objective="jsd", teacher=str(tmp_path / "other")))
