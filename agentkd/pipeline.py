@@ -451,47 +451,6 @@ def _next_steps(recipe: Recipe, out: Path) -> list[str]:
     ]
 
 
-def check_student(
-    path: Path, *, api_base: str | None = None, model: str | None = None, api_key: str | None = None
-) -> Any:
-    """Ask a served student again what it was trained on; the result goes into its folder.
-
-    Args:
-        path: the student folder.
-        api_base: of a server that serves it; by default this project's, started for the check.
-        model: the student's name there.
-        api_key: bearer token.
-
-    Returns:
-        An :class:`agentkd.distill.served.ServedParity`.
-
-    Raises:
-        ConfigError: not a student, nothing to replay, or its base model is another one.
-    """
-    from agentkd.distill.served import check_served, endpoint, read_replays, record_served
-    from agentkd.engine.student import load_student
-    from agentkd.engine.weights import load_tokenizer
-    from agentkd.serve import Server, create_app, student_backend
-
-    student = load_student(path)
-    replays, tokenizer = read_replays(path), load_tokenizer(path)
-    if api_base is not None:
-        if model is None:
-            raise ConfigError("No model was named.", "Pass --model as the endpoint lists it.")
-        ask = endpoint(api_base, model, api_key)
-        result = check_served(replays, student.system_prompt, tokenizer, ask, f"{model} at {api_base}")
-    else:
-        backend = student_backend(path)
-        try:
-            with Server(create_app([backend])) as server:
-                ask = endpoint(server.url, backend.model_id)
-                result = check_served(replays, student.system_prompt, tokenizer, ask, "agentkd serve")
-        finally:
-            backend.close()
-    record_served(path, result)
-    return result
-
-
 def evaluate_command(
     *,
     student: str | None,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentkd.commands.console import Json, print_json
 from agentkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from agentkd.distill import DistillConfig
+    from agentkd.distill.served import ServedParity
 
-__all__ = ["register"]
+__all__ = ["check_student", "register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -72,7 +73,7 @@ def distill(
     ] = None,
     api_base: Annotated[str | None, typer.Option(help="With --check: the server to ask.")] = None,
     model: Annotated[str | None, typer.Option(help="With --check: the student's name there.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a LoRA student on kept trajectories; a stopped training goes on from its checkpoint.
 
@@ -127,7 +128,7 @@ def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) 
         student = run(trajectories, out, config, shown.training)
         shown.done(f"{student.training['steps']} steps, loss {student.training['last_loss']:.3f}")
     if as_json:
-        print(json.dumps({"out": str(out), "training": student.training}, ensure_ascii=False))
+        print_json({"out": str(out), "training": student.training})
         return
     print(f"Student in {out}")
     print(f"Next: agentkd serve {out}")
@@ -135,11 +136,10 @@ def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) 
 
 def _check(student: Path, api_base: str | None, model: str | None, as_json: bool) -> None:
     from agentkd.distill.served import require_parity
-    from agentkd.pipeline import check_student
 
     result = check_student(student, api_base=api_base, model=model)
     if as_json:
-        print(json.dumps(result.model_dump(mode="json")))
+        print_json(result.model_dump(mode="json"))
     else:
         print(
             f"{result.prompts_equal} of {result.prompts} prompts have the ids of the training, "
@@ -149,6 +149,44 @@ def _check(student: Path, api_base: str | None, model: str | None, as_json: bool
         if result.sampled_other:
             print(f"{len(result.sampled_other)} of {result.sampled} sampled answers are other tokens.")
     require_parity(result)
+
+
+def check_student(
+    path: Path, *, api_base: str | None = None, model: str | None = None, api_key: str | None = None
+) -> ServedParity:
+    """Ask a served student again what it was trained on; the result goes into its folder.
+
+    Args:
+        path: the student folder.
+        api_base: of a server that serves it; by default this project's, started for the check.
+        model: the student's name there.
+        api_key: bearer token.
+
+    Raises:
+        ConfigError: not a student, nothing to replay, or its base model is another one.
+    """
+    from agentkd.distill.served import check_served, endpoint, read_replays, record_served
+    from agentkd.engine.student import load_student
+    from agentkd.engine.weights import load_tokenizer
+    from agentkd.serve import Server, create_app, student_backend
+
+    student = load_student(path)
+    replays, tokenizer = read_replays(path), load_tokenizer(path)
+    if api_base is not None:
+        if model is None:
+            raise ConfigError("No model was named.", "Pass --model as the endpoint lists it.")
+        ask = endpoint(api_base, model, api_key)
+        result = check_served(replays, student.system_prompt, tokenizer, ask, f"{model} at {api_base}")
+    else:
+        backend = student_backend(path)
+        try:
+            with Server(create_app([backend])) as server:
+                ask = endpoint(server.url, backend.model_id)
+                result = check_served(replays, student.system_prompt, tokenizer, ask, "agentkd serve")
+        finally:
+            backend.close()
+    record_served(path, result)
+    return result
 
 
 def _weights(text: str) -> dict[str, float]:

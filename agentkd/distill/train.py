@@ -122,7 +122,7 @@ def _close(
         tokenizer.save_pretrained(str(out))
     write_json(out / "student.json", student.model_dump(mode="json"))
     served = _served_parity(out, replays, config) if replays else None
-    before = {"examples": len(examples.examples), "digest": identity["examples"], "faults": 0}
+    before = {"examples": len(examples.examples), "digest": identity["examples"]}
     write_parity(out, replays, before, served)
     write_manifest(
         out,
