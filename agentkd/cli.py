@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from agentkd.commands import collect as collect_command
+from agentkd.commands import distill as distill_command
 from agentkd.commands import doctor
 from agentkd.commands import exchange as exchange_commands
 from agentkd.commands import merge as merge_command
@@ -135,58 +136,7 @@ def filter_command(
     print(f"Next: agentkd distill {out / 'kept.jsonl'} --out student")
 
 
-@app.command(
-    epilog="Examples:\n\n`agentkd distill runs/maths/kept/kept.jsonl --out student`\n\n"
-    "`agentkd distill kept.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --epochs 2 --lr 2e-4 --rank 64 --out student`"
-)
-def distill(
-    trajectories: Annotated[Path, typer.Argument(help="kept.jsonl")],
-    out: Out,
-    base: Annotated[str, typer.Option(help='"smollm2-135m", a Hub id, or a local folder.')] = "smollm2-135m",
-    kind: Annotated[str, typer.Option(help='"agent" or "cot".')] = "agent",
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; overrides --epochs.")] = None,
-    epochs: Annotated[float, typer.Option(min=0.01)] = 2.0,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-3,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 16,
-    max_length: Annotated[int, typer.Option(min=8, help="Longest example in tokens.")] = 1024,
-    seed: int = 0,
-    as_json: Json = False,
-) -> None:
-    """Train a LoRA student on kept trajectories; a stopped training goes on from its checkpoint."""
-    from agentkd.distill import DistillConfig
-    from agentkd.distill import distill as run
-
-    config = DistillConfig(
-        base=base,
-        kind=kind,  # type: ignore[arg-type]
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=lr,
-        lora_r=rank,
-        lora_alpha=2 * rank,
-        max_length=max_length,
-        seed=seed,
-    )
-    with _bar("distill", as_json) as show:
-        student = run(trajectories, out, config, show)
-    if as_json:
-        print_json({"out": str(out), "training": student.training})
-        return
-    print(f"Student in {out}")
-    print(f"Next: agentkd serve {out}")
-
-
-@contextmanager
-def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int, float], None] | None]:
-    """A bar for training steps: (step, steps, loss)."""
-    if quiet:
-        yield None
-        return
-    with progress_bar() as bar:
-        task = bar.add_task(what, total=None, note="")
-        yield lambda step, total, loss: bar.update(task, completed=step, total=total, note=f"loss {loss:.3f}")
+distill_command.register(app)
 
 
 @app.command(

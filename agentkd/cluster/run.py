@@ -16,8 +16,8 @@ from agentkd.cluster.store import Mirror, Store
 from agentkd.collect import CollectConfig, collect
 from agentkd.errors import AgentkdError, ConfigError, DataError, ProviderError, boundary
 from agentkd.merge import merge_runs
-from agentkd.record import iter_jsonl, load_tasks, read_json, write_json, write_jsonl
-from agentkd.retrieval import Passage
+from agentkd.record import load_tasks, read_json, write_json, write_jsonl
+from agentkd.retrieval.source import open_corpus
 from agentkd.shard import Shard
 from agentkd.taskset import load_taskset
 
@@ -109,12 +109,17 @@ def _prepare(config: CollectConfig, place: Store, cluster: ClusterConfig) -> Non
     taskset = load_taskset(config.tasks, config.split, config.n, config.seed)
     if not taskset.tasks:
         raise DataError(f"The taskset {config.tasks!r} has no tasks.", "Check --tasks, --split and --n.")
-    passages = list(iter_jsonl(config.corpus, Passage)) if config.corpus else list(taskset.passages)
+    corpus = open_corpus(config.corpus, taskset.passages)
+    if config.corpus is not None and not corpus.passages and not _is_url(config.corpus):
+        raise ConfigError(
+            f"The index {config.corpus} is not on the nodes of the cluster.",
+            "Give its passages (.jsonl), or serve it by `agentkd retriever` and give the URL.",
+        )
     settings = {"shards": cluster.shards, "collect": _lasting(config)}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         write_jsonl(scratch / "tasks.jsonl", taskset.tasks)
-        write_jsonl(scratch / "passages.jsonl", passages)
+        write_jsonl(scratch / "passages.jsonl", corpus.passages)
         write_json(scratch / "cluster.json", settings)
         present = place.files("")
         if "cluster.json" in present:
@@ -128,6 +133,10 @@ def _prepare(config: CollectConfig, place: Store, cluster: ClusterConfig) -> Non
             return
         for name in (*_INPUTS, "cluster.json"):
             place.put(scratch / name, name)
+
+
+def _is_url(source: str | Path) -> bool:
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
 def _lasting(config: CollectConfig) -> dict[str, Any]:
@@ -210,7 +219,9 @@ def run_shard(config: CollectConfig, url: str, number: int, of: int, copy_second
 
 
 def _local(config: CollectConfig, shard: str) -> CollectConfig:
-    corpus = Path("passages.jsonl") if Path("passages.jsonl").stat().st_size else None
+    corpus: str | Path | None = Path("passages.jsonl") if Path("passages.jsonl").stat().st_size else None
+    if corpus is None and config.corpus is not None and _is_url(config.corpus):
+        corpus = config.corpus
     inputs = {"tasks": "tasks.jsonl", "split": "all", "n": None, "seed": 0, "corpus": corpus}
     return config.model_copy(update={**inputs, "shard": shard})
 

@@ -22,8 +22,8 @@ __all__ = ["Pack", "batch_indices", "pack_batch", "single_packs", "total_steps"]
 class Pack:
     """Some examples in one row of tokens: the shared prefix, then the rest of each.
 
-    ``rows[i]`` is the place in ``ids`` whose prediction is compared with ``targets[i]``, and
-    ``owners[i]`` the index in ``examples`` it belongs to.
+    ``rows[i]`` is the place in ``ids`` whose prediction is compared with ``targets[i]``,
+    ``owners[i]`` the index in ``examples`` it belongs to, and ``weights[i]`` what it counts.
     """
 
     examples: tuple[str, ...]
@@ -35,6 +35,7 @@ class Pack:
     rows: list[int]
     targets: list[int]
     owners: list[int]
+    weights: list[float]
 
 
 def total_steps(examples: int, batch_size: int, steps: int | None, epochs: float) -> int:
@@ -97,6 +98,7 @@ def _pack(examples: Sequence[Example]) -> Pack:
     rows: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
+    weights: list[float] = []
     for owner, example in enumerate(examples):
         shift = len(ids) - prefix
         for place in range(prefix, len(example.ids)):
@@ -104,10 +106,12 @@ def _pack(examples: Sequence[Example]) -> Pack:
                 rows.append(shift + place - 1)
                 targets.append(example.ids[place])
                 owners.append(owner)
+                weights.append(1.0 if example.weights is None else example.weights[place])
         ids += example.ids[prefix:]
         positions += range(prefix, len(example.ids))
     lengths = tuple(len(example.ids) - prefix for example in examples)
-    return Pack(tuple(item.id for item in examples), prefix, lengths, ids, positions, rows, targets, owners)
+    names = tuple(item.id for item in examples)
+    return Pack(names, prefix, lengths, ids, positions, rows, targets, owners, weights)
 
 
 def _shared_prefix(examples: Sequence[Example]) -> int:

@@ -7,9 +7,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from agentkd.distill.spans import SpanWeights
+
 __all__ = ["DistillConfig"]
 
-_NOT_IN_THE_RESULT = {"threads", "save_every", "micro_tokens"}
+_NOT_IN_THE_RESULT = {"threads", "save_every", "micro_tokens", "replays"}
 
 
 class DistillConfig(BaseModel):
@@ -40,7 +42,18 @@ class DistillConfig(BaseModel):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the adapters; anything but 0 is slower on a CPU."""
     max_length: int = Field(default=1024, ge=8)
-    """Longest example in tokens; longer ones are left out, and counted."""
+    """Longest example in tokens."""
+    overlong: Literal["drop", "cut"] = "drop"
+    """What becomes of longer ones: left out, or cut behind the last whole step that fits; counted."""
+    rendering: Literal["whole", "step"] = "whole"
+    """A trajectory is one example ("whole"), or every step is one with a prompt of its own ("step"), which
+    chat templates need that rewrite earlier turns."""
+    failed_steps: Literal["context", "target"] = "context"
+    """Failed steps are only read, or learnt as well."""
+    first_thought: Literal["target", "context"] = "target"
+    """The beginning of a step that was given to the teacher is learnt as the student's own, or only read."""
+    weights: SpanWeights = SpanWeights()
+    """How much tokens of thoughts, actions and final answers count."""
     seed: int = 0
     """Of the adapters' initial weights, the order of examples, and dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -57,6 +70,19 @@ class DistillConfig(BaseModel):
     """CPU threads; None leaves it to torch (one a core)."""
     micro_tokens: int = Field(default=2048, ge=1)
     """Tokens that are computed at once: less needs less memory."""
+
+    objective: Literal[
+        "sft", "masked", "forward-kl", "reverse-kl", "jsd", "taid", "first", "plackett-luce"
+    ] = "sft"
+    """What is minimised, see :mod:`agentkd.distill.objectives`."""
+    teacher: str | None = None
+    """Local model with the same vocabulary, for the objectives that need a teacher's logits."""
+    teacher_share: float = Field(default=1.0, gt=0, le=1)
+    """Of the divergence from the teacher; the rest is cross-entropy."""
+    mask_rate: float = Field(default=0.4, ge=0, lt=1)
+    """Objective "masked": share of the student's own tokens that it does not get to read."""
+    replays: int = Field(default=3, ge=0)
+    """Trajectories that the finished student is asked again to check parity; 0 checks none."""
 
     def fingerprint(self, data: str) -> str:
         """Hash of all that decides the result.

@@ -1,8 +1,9 @@
 """From kept trajectories to what a training step sees: token ids and their mask.
 
 A whole trajectory is one example, whatever its number of turns: every turn of the student is a
-target at once, and no token is computed twice. A failed step stays as context, so that the
-student learns how to go on from it, but it is not learnt itself.
+target at once, and no token is computed twice. (With ``rendering = "step"`` every step is one.) A failed
+step stays as context, so that the student learns how to go on from it, but unless asked for it is not
+learnt itself. Tokens can count differently by the part of the step they belong to.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from agentkd.distill.config import DistillConfig
-from agentkd.engine.render import render_training
+from agentkd.distill.spans import SpanWeights, turn_weights
+from agentkd.engine.render import Rendered, render_steps, render_training
 from agentkd.errors import DataError
 from agentkd.prompt import COT_STUDENT, STUDENT, system_prompt, trajectory_messages
 from agentkd.trajectory import Trajectory
@@ -28,16 +30,24 @@ DEFAULT_MAX_STEPS = 5
 
 @dataclass(frozen=True)
 class Example:
-    """One trajectory as token ids; ``mask`` marks the tokens that are learnt."""
+    """One trajectory (or one step of it) as token ids; ``mask`` marks the tokens that are learnt."""
 
     id: str
+    """The trajectory's id; a single step's has ``/NUMBER`` behind it."""
     ids: list[int]
     mask: list[bool]
+    weights: list[float] | None = None
+    """How much each token counts, 0 where ``mask`` is False; None: all targets count 1."""
 
     @property
     def targets(self) -> int:
         """Number of tokens that are learnt."""
         return sum(self.mask)
+
+    @property
+    def weight(self) -> float:
+        """What all targets count together."""
+        return float(self.targets) if self.weights is None else sum(self.weights)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class ExampleSet:
 
     examples: tuple[Example, ...]
     dropped: dict[str, int]
-    """Trajectories left out, by reason."""
+    """Trajectories left out, or cut, by reason."""
     system_prompt: str
     tools: tuple[str, ...]
     """Schemas, as JSON strings."""
@@ -55,7 +65,7 @@ class ExampleSet:
 
     def digest(self) -> str:
         """Hash of every id and mask."""
-        rows = [(item.id, item.ids, item.mask) for item in self.examples]
+        rows = [(item.id, item.ids, item.mask, item.weights) for item in self.examples]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -65,7 +75,7 @@ def build_examples(trajectories: Sequence[Trajectory], tokenizer: Any, config: D
     Args:
         trajectories: the kept ones.
         tokenizer: of the base model.
-        config: ``kind``, ``max_length``, ``system_prompt``, ``max_steps``, ``imports`` are used.
+        config: what says which tokens are learnt, and how the student will be asked.
 
     Raises:
         DataError: no trajectories, none of this kind, or none that can be learnt.
@@ -84,13 +94,17 @@ def build_examples(trajectories: Sequence[Trajectory], tokenizer: Any, config: D
     dropped = Counter({"other kind": len(trajectories) - len(chosen)})
     examples: list[Example] = []
     for item in chosen:
-        example = _example(item, prompt, tokenizer)
-        if example is None:
+        made = _examples(item, prompt, tokenizer, config)
+        if not made:
             dropped["no step to learn"] += 1
-        elif len(example.ids) > config.max_length:
-            dropped["too long"] += 1
-        else:
-            examples.append(example)
+        for example in made:
+            fitting = _fitted(example, config.max_length, config.overlong)
+            if fitting is None:
+                dropped["too long"] += 1
+                continue
+            if fitting is not example:
+                dropped["cut to fit"] += 1
+            examples.append(fitting.example)
     if not examples:
         raise DataError(
             f"None of the {len(chosen)} trajectories can be learnt: {_reasons(dropped)}.",
@@ -109,17 +123,59 @@ def build_examples(trajectories: Sequence[Trajectory], tokenizer: Any, config: D
     )
 
 
-def _example(trajectory: Trajectory, prompt: str, tokenizer: Any) -> Example | None:
-    targets = [step.failure is None for step in trajectory.steps]
+@dataclass(frozen=True)
+class _Made:
+    example: Example
+    ends: tuple[int, ...]
+    """Behind each target turn."""
+
+
+def _examples(trajectory: Trajectory, prompt: str, tokenizer: Any, config: DistillConfig) -> list[_Made]:
+    targets = [config.failed_steps == "target" or step.failure is None for step in trajectory.steps]
     if not any(targets):
-        return None
+        return []
     # What comes after the last learnt turn teaches nothing.
     end = max(place for place, target in enumerate(targets) if target) + 1
     messages = trajectory_messages(trajectory, prompt, trajectory.steps[:end])
     if messages[-1]["role"] != "assistant":
         messages.pop()
-    rendered = render_training(tokenizer, messages, targets[:end])
-    return Example(trajectory.id, rendered.ids, rendered.mask)
+    if config.rendering == "step":
+        rendered = render_steps(tokenizer, messages, targets[:end])
+        names = [f"{trajectory.id}/{it.turns[0].number + 1}" for it in rendered]
+    else:
+        rendered = [render_training(tokenizer, messages, targets[:end])]
+        names = [trajectory.id]
+    made = [_made(name, it, trajectory, tokenizer, config) for name, it in zip(names, rendered, strict=True)]
+    return [it for it in made if it.example.targets]
+
+
+def _made(
+    name: str, rendered: Rendered, trajectory: Trajectory, tokenizer: Any, config: DistillConfig
+) -> _Made:
+    ends = tuple(turn.end for turn in rendered.turns)
+    steps = [trajectory.steps[turn.number] for turn in rendered.turns]
+    apart = config.first_thought == "context" and any(step.first_thought for step in steps)
+    if config.weights == SpanWeights() and not apart:
+        return _Made(Example(name, rendered.ids, rendered.mask), ends)
+    weights = [0.0] * len(rendered.ids)
+    for turn, step in zip(rendered.turns, steps, strict=True):
+        given = len(step.first_thought.prefix) if apart and step.first_thought else 0
+        weights[turn.begin : turn.end] = turn_weights(
+            turn, step, trajectory.kind, config.weights, given, tokenizer
+        )
+    return _Made(Example(name, rendered.ids, [weight > 0 for weight in weights], weights), ends)
+
+
+def _fitted(made: _Made, limit: int, overlong: str) -> _Made | None:
+    """The example within the limit: as it is, cut behind a whole turn, or None."""
+    example = made.example
+    if len(example.ids) <= limit:
+        return made
+    end = max((end for end in made.ends if end <= limit), default=0)
+    if overlong == "drop" or not any(example.mask[:end]):
+        return None
+    weights = example.weights[:end] if example.weights is not None else None
+    return _Made(Example(example.id, example.ids[:end], example.mask[:end], weights), (end,))
 
 
 def _tools(trajectories: Sequence[Trajectory]) -> tuple[str, ...]:

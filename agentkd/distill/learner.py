@@ -104,22 +104,39 @@ class Learner:
 
     def losses(self, pack: Pack) -> Tensor:
         """Cross-entropy (nats, float32) of each target of a pack, with gradient."""
-        ids = torch.tensor([pack.ids], device=self.device)
-        rows = torch.tensor(pack.rows, device=self.device)
         targets = torch.tensor(pack.targets, device=self.device)
+        if not self.packed:
+            return nn.functional.cross_entropy(self.logits(pack), targets, reduction="none")
         with self._autocast():
-            if not self.packed:
-                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
-                return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-            positions = torch.tensor([pack.positions], device=self.device)
-            hidden = self.model.model(
-                input_ids=ids,
-                position_ids=positions,
-                use_cache=False,
-                pack_prefix=pack.prefix,
-                pack_lengths=pack.lengths,
-            ).last_hidden_state[0]
-            return target_loss(hidden[rows], self.model.lm_head.weight, targets)
+            return target_loss(self._hidden(pack, pack.ids), self.model.lm_head.weight, targets)
+
+    def logits(self, pack: Pack, ids: Sequence[int] | None = None) -> Tensor:
+        """Logits (targets, vocabulary), float32, with gradient; for objectives that need them all.
+
+        Args:
+            pack: the batch.
+            ids: read instead of ``pack.ids``, of the same length.
+        """
+        ids = pack.ids if ids is None else ids
+        with self._autocast():
+            if self.packed:
+                logits = nn.functional.linear(self._hidden(pack, ids), self.model.lm_head.weight)
+            else:
+                rows = torch.tensor(pack.rows, device=self.device)
+                inputs = torch.tensor([list(ids)], device=self.device)
+                logits = self.model(input_ids=inputs, use_cache=False, logits_to_keep=rows).logits[0]
+        return logits.float()
+
+    def _hidden(self, pack: Pack, ids: Sequence[int]) -> Tensor:
+        """The last hidden states at the places that predict a target: (targets, width)."""
+        hidden: Tensor = self.model.model(
+            input_ids=torch.tensor([list(ids)], device=self.device),
+            position_ids=torch.tensor([pack.positions], device=self.device),
+            use_cache=False,
+            pack_prefix=pack.prefix,
+            pack_lengths=pack.lengths,
+        ).last_hidden_state[0]
+        return hidden[torch.tensor(pack.rows, device=self.device)]
 
     def save(self, folder: Path) -> None:
         """Write the adapters in peft's format."""

@@ -18,7 +18,10 @@ from agentkd.distill.batches import batch_indices, total_steps
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
 from agentkd.distill.learner import Learner
-from agentkd.distill.workers import Workers, side_by_side
+from agentkd.distill.objectives import make_objective
+from agentkd.distill.teacher import LocalTeacher
+from agentkd.distill.workers import Goal, Workers, side_by_side
+from agentkd.engine.weights import load_tokenizer, resolve_model
 from agentkd.errors import ConfigError, TrainingError, boundary
 from agentkd.record import AppendLog, iter_jsonl, write_jsonl
 
@@ -33,7 +36,7 @@ class StepLog(BaseModel):
     step: int
     """1 for the first."""
     loss: float
-    """Mean cross-entropy (nats) of the step's target tokens."""
+    """Mean cross-entropy (nats) of the step's target tokens, weighted by what they count."""
     learning_rate: float
     grad_norm: float
     """Before clipping."""
@@ -91,11 +94,12 @@ def run_training(
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
     begun = _restore(out, identity, parameters, optimizer)
     rows = _rewind(out / "loss.jsonl", begun)
-    with AppendLog(out / "loss.jsonl") as losses, side_by_side(learner, config) as workers:
+    goal = _goal(base, learner, config)
+    with AppendLog(out / "loss.jsonl") as losses, side_by_side(learner, config, goal) as workers:
         for step in range(begun, steps):
             batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, config.seed, step)]
             rate = learning_rate(step, steps, config.learning_rate, config.warmup)
-            row = _step(learner, parameters, optimizer, batch, config, step, rate, workers)
+            row = _step(learner, parameters, optimizer, batch, config, (step, steps), rate, workers)
             losses.append(row)
             rows.append(row)
             if on_progress is not None:
@@ -106,23 +110,41 @@ def run_training(
     return _summary(rows, learner)
 
 
+def _goal(base: Path, learner: Learner, config: DistillConfig) -> Goal:
+    tokenizer = load_tokenizer(base)
+    mask_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    objective = make_objective(
+        config.objective, share=config.teacher_share, mask_rate=config.mask_rate, mask_id=mask_id
+    )
+    if objective is None or not objective.needs_teacher:
+        return Goal(objective, seed=config.seed)
+    if config.teacher is None:
+        raise ConfigError(
+            f"The objective {config.objective} needs a teacher model.", "Add --teacher-model FOLDER_OR_ID."
+        )
+    folder = resolve_model(config.teacher)
+    return Goal(objective, LocalTeacher(folder, tokenizer, learner.device, learner.dtype), config.seed)
+
+
 def _step(
     learner: Learner,
     parameters: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     batch: Sequence[Example],
     config: DistillConfig,
-    step: int,
+    place: tuple[int, int],
     rate: float,
     workers: Workers,
 ) -> StepLog:
+    step, steps = place
     began = time.perf_counter()
     # Dropout must not depend on what happened before, or a resumed run would differ.
     torch.manual_seed(config.seed * 1_000_003 + step)
     targets = sum(example.targets for example in batch)
     learner.refresh()
     loss = 0.0
-    for part, grads in workers.map(learner.packs(batch, workers.count), targets, step):
+    weight = sum(example.weight for example in batch)
+    for part, grads in workers.map(learner.packs(batch, workers.count), weight, step, steps):
         loss += part
         _accumulate(parameters, grads)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

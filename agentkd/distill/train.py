@@ -15,11 +15,13 @@ from typing import Any
 
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import ExampleSet, build_examples
+from agentkd.distill.parity import find_faults, refuse_faults
+from agentkd.distill.served import Replay, ServedParity, check_served, engine, make_replays, write_parity
 from agentkd.engine.student import Student, is_student, load_student
-from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model
+from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model, stop_ids
 from agentkd.errors import ConfigError, DataError, TrainingError, boundary
 from agentkd.prompt import FENCE_CLOSE, FENCE_OPEN
-from agentkd.record import file_hash, read_trajectories, write_json, write_manifest
+from agentkd.record import file_hash, read_json, read_trajectories, write_json, write_manifest
 
 __all__ = ["Progress", "distill"]
 
@@ -54,15 +56,27 @@ def distill(
             return _finished(out, fingerprint)
         base = resolve_model(config.base)
         tokenizer = load_tokenizer(base)
-        examples = build_examples(read_trajectories(trajectories), tokenizer, config)
+        items = {item.id: item for item in read_trajectories(trajectories)}
+        examples = build_examples(list(items.values()), tokenizer, config)
         for reason, count in examples.dropped.items():
             log.warning("%d of the trajectories left out: %s.", count, reason)
+        refuse_faults(
+            find_faults(
+                examples.examples,
+                items,
+                examples.system_prompt,
+                tokenizer,
+                stop_ids(base, tokenizer),
+                failed_steps=config.failed_steps,
+            )
+        )
         identity = {"fingerprint": fingerprint, "base": model_hash(base), "examples": examples.digest()}
         with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
             from agentkd.distill.loop import run_training
         with boundary(TrainingError, f"training {out}", "Lower micro_tokens if memory ran out."):
             summary = run_training(base, examples.examples, config, out, identity, on_progress)
-        _close(out, trajectories, tokenizer, config, examples, identity, summary)
+        replays = make_replays(examples.examples, items, examples.system_prompt, tokenizer, config.replays)
+        _close(out, trajectories, tokenizer, config, examples, identity, summary, replays)
     return load_student(out)
 
 
@@ -85,6 +99,7 @@ def _close(
     examples: ExampleSet,
     identity: dict[str, str],
     summary: dict[str, Any],
+    replays: list[Replay],
 ) -> None:
     counts = {"n_examples": len(examples.examples), "dropped": examples.dropped}
     student = Student(
@@ -106,15 +121,36 @@ def _close(
     with boundary(TrainingError, f"writing {out}"):
         tokenizer.save_pretrained(str(out))
     write_json(out / "student.json", student.model_dump(mode="json"))
+    served = _served_parity(out, replays, config) if replays else None
+    before = {"examples": len(examples.examples), "digest": identity["examples"]}
+    write_parity(out, replays, before, served)
     write_manifest(
         out,
         stage="distill",
         config=config.model_dump(mode="json"),
         counts={**counts, **summary},
         inputs=[trajectories],
-        outputs=[out / "student.json", out / "loss.jsonl", out / "adapter" / "adapter_model.safetensors"],
+        outputs=[
+            out / "student.json",
+            out / "loss.jsonl",
+            out / "parity.json",
+            out / "adapter" / "adapter_model.safetensors",
+        ],
     )
     (out / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _served_parity(out: Path, replays: list[Replay], config: DistillConfig) -> ServedParity:
+    """Ask the finished student, loaded from its folder as a server would."""
+    from agentkd.engine.torch_engine import TorchEngine
+
+    tokenizer = load_tokenizer(out)
+    system = read_json(out / "student.json")["system_prompt"]
+    with TorchEngine.load(resolve_model(config.base), out / "adapter", threads=config.threads) as model:
+        result = check_served(replays, system, tokenizer, engine(model, tokenizer), "embedded engine")
+    for fault in result.faults:
+        log.warning("What is served is not what was trained: %s", fault)
+    return result
 
 
 @contextmanager

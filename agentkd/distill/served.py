@@ -1,0 +1,271 @@
+"""Parity after training: the served student is asked again what it was trained on.
+
+A few trajectories are kept in the student folder as *replays*: the conversation before each learnt step,
+the ids it was trained on as its prompt, and the ids it was trained to emit. The server gets the conversation
+as messages, and returns the ids it made of them and the ids it emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from agentkd.distill.examples import Example
+from agentkd.distill.parity import Fault, Finding, compare_prompts
+from agentkd.engine.render import render_prompt
+from agentkd.errors import ConfigError, ProviderError, TrainingError
+from agentkd.prompt import trajectory_messages
+from agentkd.record import read_json, write_json
+from agentkd.trajectory import Trajectory
+
+__all__ = [
+    "Answer",
+    "Ask",
+    "Replay",
+    "ServedParity",
+    "check_served",
+    "endpoint",
+    "engine",
+    "make_replays",
+    "read_replays",
+    "record_served",
+    "require_parity",
+    "write_parity",
+]
+
+_ROOM = 8
+"""Tokens that the student may emit beyond what it was taught."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server returned for a conversation."""
+
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    """The end token included."""
+    finish_reason: str
+
+
+Ask = Callable[[Sequence[Mapping[str, str]], int, float], Answer]
+"""Asks with (messages, most tokens to emit, temperature)."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Replay(_Record):
+    """One learnt step, as messages and as ids."""
+
+    where: str
+    """Trajectory and step."""
+    messages: tuple[dict[str, str], ...]
+    """Those behind the system prompt: the server's side supplies that one from ``student.json``."""
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+    """With the token that ends the turn."""
+
+
+class ServedParity(_Record):
+    """What was found. ``passed`` is True when nothing was wrong."""
+
+    passed: bool
+    served_by: str
+    prompts: int
+    """Prompts compared, id by id."""
+    prompts_equal: int
+    stopped: int
+    """Greedy answers that ended by the end token."""
+    reproduced: int
+    """Greedy answers that are exactly the ids of the training."""
+    canonical: int
+    """Finished greedy answers whose text the tokenizer writes with the very ids that were emitted."""
+    sampled: int
+    """Finished answers at temperature 1."""
+    sampled_other: tuple[tuple[int, ...], ...]
+    """Ids of those that the tokenizer would write otherwise: trained on by their ids, never by their text."""
+    faults: tuple[str, ...]
+
+
+def make_replays(
+    examples: Sequence[Example],
+    trajectories: Mapping[str, Trajectory],
+    system_prompt: str,
+    tokenizer: Any,
+    count: int,
+) -> list[Replay]:
+    """Replays of the shortest ``count`` trajectories, cut from the ids that were trained."""
+    replays: list[Replay] = []
+    for example in sorted(examples, key=lambda it: (len(it.ids), it.id))[:count]:
+        name = example.id if example.id in trajectories else example.id.rpartition("/")[0]
+        messages = trajectory_messages(trajectories[name], system_prompt)
+        for number in range(len(trajectories[name].steps)):
+            before = messages[: 2 + 2 * number]
+            begin = len(render_prompt(tokenizer, before))
+            if begin >= len(example.ids) or not example.mask[begin]:
+                continue
+            if name != example.id and not example.id.endswith(f"/{number + 1}"):
+                continue
+            mask = [*example.mask, False]
+            end = mask.index(False, begin)
+            replays.append(
+                Replay(
+                    where=f"{name}, step {number + 1}",
+                    messages=tuple(before[1:]),
+                    prompt_ids=tuple(example.ids[:begin]),
+                    target_ids=tuple(example.ids[begin:end]),
+                )
+            )
+    return replays
+
+
+def check_served(
+    replays: Sequence[Replay], system_prompt: str, tokenizer: Any, ask: Ask, served_by: str
+) -> ServedParity:
+    """Ask every replay, greedily and once sampled, and compare ids.
+
+    Args:
+        replays: from :func:`make_replays`.
+        system_prompt: of ``student.json``.
+        tokenizer: of the student folder.
+        ask: the server.
+        served_by: what it is, for the record.
+    """
+    faults: list[Finding] = []
+    equal = stopped = reproduced = canonical = sampled = 0
+    other: list[tuple[int, ...]] = []
+    for replay in replays:
+        messages = [{"role": "system", "content": system_prompt}, *replay.messages]
+        limit = len(replay.target_ids) + _ROOM
+        greedy = ask(messages, limit, 0.0)
+        why = compare_prompts(replay.prompt_ids, greedy.prompt_ids, messages, tokenizer)
+        if why is not None:
+            faults.append(Finding(why[0], replay.where, why[1]))
+            continue
+        equal += 1
+        reproduced += greedy.output_ids == replay.target_ids
+        if greedy.finish_reason == "stop":
+            stopped += 1
+            if _is_canonical(greedy.output_ids, tokenizer):
+                canonical += 1
+            else:
+                text = tokenizer.decode(list(greedy.output_ids))
+                faults.append(Finding(Fault.RETOKENISED, replay.where, f"greedy answer {text[:60]!r}"))
+        drawn = ask(messages, limit, 1.0)
+        if drawn.finish_reason == "stop":
+            sampled += 1
+            if not _is_canonical(drawn.output_ids, tokenizer):
+                other.append(drawn.output_ids)
+    return ServedParity(
+        passed=not faults,
+        served_by=served_by,
+        prompts=len(replays),
+        prompts_equal=equal,
+        stopped=stopped,
+        reproduced=reproduced,
+        canonical=canonical,
+        sampled=sampled,
+        sampled_other=tuple(other),
+        faults=tuple(str(fault) for fault in faults),
+    )
+
+
+def _is_canonical(ids: Sequence[int], tokenizer: Any) -> bool:
+    body, last = list(ids[:-1]), ids[-1]
+    text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    again = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*again, last] == [*body, last]
+
+
+def engine(torch_engine: Any, tokenizer: Any) -> Ask:
+    """The embedded engine, without HTTP in between."""
+
+    def ask(messages: Sequence[Mapping[str, str]], limit: int, temperature: float) -> Answer:
+        prompt = render_prompt(tokenizer, messages)
+        (done,) = torch_engine.generate(prompt, max_new_tokens=limit, temperature=temperature, seed=0)
+        return Answer(tuple(prompt), done.token_ids, done.finish_reason)
+
+    return ask
+
+
+def endpoint(api_base: str, model: str, api_key: str | None = None) -> Ask:
+    """A chat endpoint that returns token ids (``return_token_ids``: this project's, vLLM's)."""
+    from openai import OpenAI
+
+    from agentkd.model import provider_error
+
+    client = OpenAI(base_url=api_base, api_key=api_key or "none", max_retries=1, timeout=600.0)
+
+    def ask(messages: Sequence[Mapping[str, str]], limit: int, temperature: float) -> Answer:
+        try:
+            answer = client.chat.completions.create(
+                model=model,
+                messages=[dict(it) for it in messages],  # type: ignore[misc]
+                max_tokens=limit,
+                temperature=temperature,
+                seed=0,
+                extra_body={"return_token_ids": True},
+            )
+        except Exception as exc:
+            raise provider_error(exc) from exc
+        body = answer.model_dump()
+        choice = body["choices"][0]
+        if body.get("prompt_token_ids") is None or choice.get("token_ids") is None:
+            raise ProviderError(
+                f"{api_base} does not return token ids, so parity cannot be checked there.",
+                "Use agentkd serve, or vLLM 0.10.2 or later.",
+            )
+        return Answer(tuple(body["prompt_token_ids"]), tuple(choice["token_ids"]), choice["finish_reason"])
+
+    return ask
+
+
+def write_parity(
+    folder: Path, replays: Sequence[Replay], before: dict[str, Any], after: ServedParity | None
+) -> None:
+    """Write ``parity.json`` of a student folder."""
+    content = {
+        "before": before,
+        "after": after.model_dump(mode="json") if after else None,
+        "replays": [replay.model_dump(mode="json") for replay in replays],
+    }
+    write_json(folder / "parity.json", content)
+
+
+def read_replays(folder: Path) -> list[Replay]:
+    """The replays of a student folder.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    path = folder / "parity.json"
+    found = read_json(path)["replays"] if path.is_file() else []
+    if not found:
+        raise ConfigError(
+            f"{folder} holds nothing to replay (no parity.json, or replays = 0).",
+            "Distil again with replays of at least 1.",
+        )
+    return [Replay.model_validate(row) for row in found]
+
+
+def record_served(folder: Path, result: ServedParity) -> None:
+    """Write a later check, beside the one that the training closed with, as ``parity-check.json``."""
+    write_json(folder / "parity-check.json", result.model_dump(mode="json"))
+
+
+def require_parity(result: ServedParity) -> None:
+    """Raise what was found.
+
+    Raises:
+        TrainingError: training and serving differ; names the first fault.
+    """
+    if not result.passed:
+        raise TrainingError(
+            f"What is served is not what was trained ({result.served_by}): {result.faults[0]}",
+            "Serve the student folder with its own tokenizer, chat template and student.json.",
+        )
