@@ -88,7 +88,7 @@ def test_prefixes_of_the_usual_families(name: str, prompts: Any, wanted: tuple[s
 def test_a_cross_encoder_orders_what_was_found(folder: Path, tmp_path: Path) -> None:
     model = _cross_encoder(tmp_path / "cross")
     index = Index.open(folder)
-    reranked = Reranked(index, str(model), depth=4)
+    reranked = Reranked(index, str(model), depth=len(PASSAGES))
     (hits,) = reranked.search(["painter of the sea"], 2)
     pairs = [("painter of the sea", f"{p.title}\n{p.text}") for p in PASSAGES]
     scores = dict(zip((p.id for p in PASSAGES), reranked._model.predict(pairs), strict=True))
@@ -102,8 +102,10 @@ def test_a_cross_encoder_orders_what_was_found(folder: Path, tmp_path: Path) -> 
 
 def _cross_encoder(folder: Path) -> Path:
     """A tiny BERT with random weights and one output, saved as people save theirs."""
+    import torch
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+    torch.manual_seed(0)
     letters = [chr(n) for n in range(ord("a"), ord("z") + 1)]
     folder.mkdir()
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
