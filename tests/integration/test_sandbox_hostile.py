@@ -121,7 +121,10 @@ def test_nothing_outlives_its_action(sandbox: RemoteSandbox) -> None:
     stray = """
 import os, time
 if os.fork() == 0:
-    os.setsid()
+    try:
+        os.setsid()
+    except OSError:
+        pass  # refused where the filter holds
     if os.fork() == 0:
         while True:
             open('alive', 'a').write('.')
