@@ -267,7 +267,8 @@ def write_manifest(
         stage: "collect", "filter", ...
         config: the resolved settings.
         counts: what came out.
-        inputs, outputs: files whose SHA-256 is recorded.
+        inputs, outputs: files whose SHA-256 is recorded; those in the folder by their name alone, so
+            that a folder says the same wherever it lies.
     """
     write_json(
         folder / "manifest.json",
@@ -276,11 +277,15 @@ def write_manifest(
             "stage": stage,
             "config": config,
             "counts": counts,
-            "inputs": {str(path): file_hash(path) for path in inputs},
+            "inputs": {_name_in(folder, path): file_hash(path) for path in inputs},
             "outputs": {path.name: file_hash(path) for path in outputs},
             **provenance(),
         },
     )
+
+
+def _name_in(folder: Path, path: Path) -> str:
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 @cache

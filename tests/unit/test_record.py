@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentkd.errors import ConfigError, DataError, StorageError, boundary
-from agentkd.record import AppendLog, load_tasks, read_trajectories, write_jsonl
+from agentkd.record import AppendLog, load_tasks, read_trajectories, write_jsonl, write_manifest
 from agentkd.task import Task
 from agentkd.trajectory import StopReason, Trajectory
 
@@ -104,3 +104,12 @@ def test_a_full_disk_is_a_storage_error() -> None:
 def test_the_published_schema_is_the_models(request: pytest.FixtureRequest) -> None:
     published = json.loads((request.config.rootpath / "docs" / "trajectory.schema.json").read_text())
     assert published == Trajectory.model_json_schema(), "run: python docs/make_schema.py"
+
+
+def test_a_manifest_names_files_of_its_folder_wherever_that_lies(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "tasks.jsonl"
+    run.mkdir()
+    (run / "kept.jsonl").write_text("{}\n")
+    other.write_text("{}\n")
+    write_manifest(run, stage="filter", config={}, counts={}, inputs=[run / "kept.jsonl", other])
+    assert list(json.loads((run / "manifest.json").read_text())["inputs"]) == ["kept.jsonl", str(other)]
