@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 from . import landlock, seccomp
 from .kernel import die_with_parent, drop_capabilities, hide_memory, no_new_privileges
-from .language import Runner
+from .language import Actor, Runner
 from .session import MOST_CANDIDATES, reopen
-from .wire import receive, receive_fds, send
+from .wire import receive_fds, send
 
 __all__ = ["MODULES", "Holder"]
 
@@ -24,7 +24,7 @@ _getstate, _setstate = random.getstate, random.setstate
 _exit, _fork, _close = os._exit, os.fork, os.close
 
 
-class Holder:
+class Holder(Actor):
     """The first of them, and all that are forked from it.
 
     Args:
@@ -142,20 +142,3 @@ class Holder:
             _close(fd)
         send(self.sock, {"pids": pids})
         return False
-
-    def _act(self) -> None:
-        message = receive(self.sock)
-        if message is None:
-            _exit(0)
-        outcome = self.runner.run(message["code"])
-        try:
-            send(self.sock, outcome)
-        except ValueError as exc:
-            send(self.sock, {"error": f"The value cannot be shown: {exc}", "printed": outcome["printed"]})
-
-    def _call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        send(self.sock, {"call": name, "args": args, "kwargs": kwargs})
-        reply = receive(self.sock)
-        if reply is None:
-            _exit(0)
-        return reply

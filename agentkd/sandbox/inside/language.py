@@ -10,7 +10,9 @@ import ast
 import builtins
 import io
 import linecache
+import os
 import re
+import socket
 import sys
 import threading
 import traceback
@@ -18,14 +20,14 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .wire import OUTPUT_LIMIT, plain
+from .wire import OUTPUT_LIMIT, plain, receive, send
 
-__all__ = ["Runner"]
+__all__ = ["Actor", "Runner"]
 
 FRAMES = 3
 """Own lines that an error is traced through."""
 _NAME = re.compile(r"<action \d+>")
-_import = builtins.__import__
+_import, _exit = builtins.__import__, os._exit
 
 
 class _Final(BaseException):
@@ -144,6 +146,35 @@ class Runner:
             known = ", ".join(sorted(self.allowed))
             raise ImportError(f"Import of {name} is not allowed. Allowed: {known}.")
         return _import(name, globals, locals, fromlist, level)
+
+
+class Actor:
+    """A process that runs actions: its code comes, and its calls and outcomes go, by one socket.
+
+    Attributes:
+        sock: to whoever asked.
+        runner: the namespace of the session.
+    """
+
+    sock: socket.socket
+    runner: Runner
+
+    def _act(self) -> None:
+        message = receive(self.sock)
+        if message is None:
+            _exit(0)
+        outcome = self.runner.run(message["code"])
+        try:
+            send(self.sock, outcome)
+        except ValueError as exc:
+            send(self.sock, {"error": f"The value cannot be shown: {exc}", "printed": outcome["printed"]})
+
+    def _call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        send(self.sock, {"call": name, "args": args, "kwargs": kwargs})
+        reply = receive(self.sock)
+        if reply is None:
+            _exit(0)
+        return reply
 
 
 def _describe(exc: BaseException) -> str:

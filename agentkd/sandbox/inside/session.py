@@ -44,8 +44,8 @@ from .kernel import (
     no_new_privileges,
     read_only,
 )
-from .language import Runner
-from .wire import receive, receive_fds, send
+from .language import Actor, Runner
+from .wire import receive_fds, send
 
 __all__ = ["MOST_CANDIDATES", "Session", "copy_tree", "reopen"]
 
@@ -62,7 +62,7 @@ _getstate, _setstate = random.getstate, random.setstate
 _exit, _fork, _close, _fstat = os._exit, os.fork, os.close, os.fstat
 
 
-class Session:
+class Session(Actor):
     """Both kinds of process; see the module.
 
     Args:
@@ -302,16 +302,6 @@ class Session:
                 send(self.sock, {"broken": f"{type(exc).__name__}: {exc}"})
         _exit(1)
 
-    def _act(self) -> None:
-        message = receive(self.sock)
-        if message is None:
-            _exit(0)
-        outcome = self.runner.run(message["code"])
-        try:
-            send(self.sock, outcome)
-        except ValueError as exc:
-            send(self.sock, {"error": f"The value cannot be shown: {exc}", "printed": outcome["printed"]})
-
     def _other(self, message: dict[str, Any]) -> None:
         if "ended" in message:
             status = None
@@ -321,13 +311,6 @@ class Session:
             send(self.sock, {"status": status})
         else:
             self.runner.set(message["tools"], message["variables"])
-
-    def _call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        send(self.sock, {"call": name, "args": args, "kwargs": kwargs})
-        reply = receive(self.sock)
-        if reply is None:
-            _exit(0)
-        return reply
 
 
 def _signal(pid: int, number: int) -> None:
