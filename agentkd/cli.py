@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,25 +11,24 @@ import typer
 from agentkd.commands import collect as collect_command
 from agentkd.commands import distill as distill_command
 from agentkd.commands import doctor
+from agentkd.commands import evaluate as evaluate_command
 from agentkd.commands import exchange as exchange_commands
 from agentkd.commands import merge as merge_command
 from agentkd.commands import retrieval as retrieval_commands
+from agentkd.commands import serve as serve_command
 from agentkd.commands.console import (
-    Corpus,
     Json,
     Out,
     Sandbox,
-    Workers,
     announce,
     complain,
     leave,
     print_json,
-    progress_bar,
 )
 from agentkd.errors import AgentkdError
 
 if TYPE_CHECKING:
-    from agentkd.rollouts import Progress
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,27 +80,6 @@ def _first_problem(exc: Any) -> str:
     return f"{where}: {problem['msg']}"
 
 
-@contextmanager
-def _rollout_progress(quiet: bool, *stages: str) -> Iterator[list[Callable[[Progress], None] | None]]:
-    """A live line for each stage, from when it begins: done, correct, errors, time left."""
-    if quiet:
-        yield [None] * len(stages)
-        return
-    with progress_bar() as bar:
-
-        def shown(stage: str) -> Callable[[Progress], None]:
-            task = bar.add_task(stage, total=None, note="", visible=False)
-
-            def show(progress: Any) -> None:
-                errors = f", {progress.errors} errors" if progress.errors else ""
-                note = f"{progress.correct} correct{errors}"
-                bar.update(task, completed=progress.done, total=progress.total, note=note, visible=True)
-
-            return show
-
-        yield [shown(stage) for stage in stages]
-
-
 @app.command("filter", epilog="Example:\n\n`agentkd filter runs/maths --out runs/maths/kept`")
 def filter_command(
     source: Annotated[Path, typer.Argument(help="A run folder or a trajectories.jsonl.")],
@@ -136,89 +112,8 @@ def filter_command(
     print(f"Next: agentkd distill {out / 'kept.jsonl'} --out student")
 
 
-distill_command.register(app)
-
-
-@app.command(
-    epilog="Examples:\n\n`agentkd evaluate student --tasks gym:products,lcm --n 100 --out eval`\n\n"
-    "`agentkd evaluate smollm2-135m --kind cot --tasks gym:lcm --n 50 --out eval-base`"
-)
-def evaluate(
-    student: Annotated[
-        str | None, typer.Argument(help="Student folder, or a base model (name or folder) with --kind.")
-    ] = None,
-    *,
-    tasks: Annotated[str, typer.Option(help="Taskset, see `agentkd collect --help`.")],
-    out: Out,
-    n: Annotated[int | None, typer.Option(min=1)] = None,
-    split: Annotated[str, typer.Option(help='"test" or "train".')] = "test",
-    api_base: Annotated[str | None, typer.Option(help="Evaluate what an endpoint serves instead.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model id at that endpoint.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
-    kind: Annotated[str | None, typer.Option(help='"agent" or "cot"; the student\'s own by default.')] = None,
-    sandbox: Sandbox = "fork",
-    corpus: Corpus = None,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    actions: Annotated[
-        int,
-        typer.Option(
-            min=1, max=64, help="Actions sampled at each step, at most; their majority acts. 1: no sampling."
-        ),
-    ] = 1,
-    workers: Workers = 32,
-    seed: int = 0,
-    as_json: Json = False,
-) -> None:
-    """Run a student, a base model or an endpoint on held-out tasks; accuracy with 95% intervals."""
-    from agentkd.pipeline import evaluate_command
-
-    announce(sandbox)
-    with _rollout_progress(as_json, "evaluate") as [show]:
-        result, table = evaluate_command(
-            student=student,
-            tasks=tasks,
-            out=out,
-            n=n,
-            split=split,
-            seed=seed,
-            endpoint=(api_base, model, api_key),
-            kind=kind,
-            sandbox=sandbox,
-            corpus=corpus,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            workers=workers,
-            actions=actions,
-            on_progress=show,
-        )
-    if as_json:
-        print_json(result.model_dump(mode="json"))
-        return
-    from rich.console import Console
-
-    Console().print(table)
-
-
-@app.command(
-    epilog="Examples:\n\n`agentkd serve student --port 8000`\n\n`agentkd serve expert` (the offline teacher)"
-)
-def serve(
-    what: Annotated[str, typer.Argument(help='A student folder, or "expert".')],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
-    error_rate: Annotated[float, typer.Option(min=0, max=1, help="expert only: how often it errs.")] = 0.1,
-    seed: int = 0,
-) -> None:
-    """Serve a student behind an OpenAI-compatible endpoint (`/v1/chat/completions`)."""
-    if what == "expert":
-        from agentkd.pipeline import serve_expert
-
-        serve_expert(host, port, seed=seed, error_rate=error_rate)
-        return
-    from agentkd.serve import serve_student
-
-    serve_student(Path(what), host=host, port=port)
+for _commands in (distill_command, evaluate_command, serve_command):
+    _commands.register(app)
 
 
 @app.command(

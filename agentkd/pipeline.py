@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,24 +27,21 @@ from pydantic import ValidationError
 from agentkd.agent_config import AgentConfig, agent_factory, search_tools
 from agentkd.collect import CollectConfig, collect
 from agentkd.errors import ConfigError
-from agentkd.evaluate import SystemResult, comparison_table, contamination, paired_difference, run_evaluation
+from agentkd.evaluate import SystemResult, comparison_table, run_evaluation
 from agentkd.filter import Filtered, filter_run
 from agentkd.first_thought import FirstThoughtConfig
 from agentkd.recipe import Recipe, StudentRecipe, TaskMix, load_recipe, quickstart_recipe
+from agentkd.recipe_report import BASE, next_steps, report_recipe, student_folder
 from agentkd.record import (
     iter_jsonl,
     load_tasks,
-    provenance,
     read_json,
-    read_trajectories,
     write_json,
     write_jsonl,
 )
 from agentkd.retrieval import Passage, Retriever
-from agentkd.retrieval.source import open_corpus, open_retriever
+from agentkd.retrieval.source import open_retriever
 from agentkd.rollout import rollout
-from agentkd.rollouts import Progress
-from agentkd.sampler import SamplerConfig
 from agentkd.task import Task
 from agentkd.taskset import load_taskset
 from agentkd.trajectory import Trajectory
@@ -53,9 +50,7 @@ if TYPE_CHECKING:
     from agentkd.display import Display
     from agentkd.distill import DistillConfig
 
-__all__ = ["evaluate_command", "expert_endpoint", "load_recipe", "quickstart", "run_recipe", "serve_expert"]
-
-BASE = "base"
+__all__ = ["expert_endpoint", "load_recipe", "quickstart", "run_recipe", "serve_expert"]
 
 
 class _Data(NamedTuple):
@@ -109,11 +104,11 @@ def run_recipe(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, A
         served = _ask(recipe, out, test)
         show.done(f"{served['question']} -> {served['answer']}" if served else "nothing to ask")
         show.stage("report")
-        page = _report(recipe, out, train, test, kept, runs, served)
+        page = report_recipe(recipe, out, train.tasks, test.tasks, kept, runs, served)
         show.done(str(page))
     results = [result for result, _ in runs.values()]
     if not quiet:
-        show.finish(comparison_table(results), recipe.notes, page, _next_steps(recipe, out), began)
+        show.finish(comparison_table(results), recipe.notes, page, next_steps(recipe, out), began)
     return {
         "report": str(page),
         "seconds": time.monotonic() - began,
@@ -256,7 +251,9 @@ def _distill(name: str, student: StudentRecipe, recipe: Recipe, out: Path, show:
 
     show.stage(f"distil {name}")
     config = _distill_config(name, student, recipe)
-    trained = distill(out / f"kept-{student.kind}" / "kept.jsonl", _folder(out, name), config, show.training)
+    trained = distill(
+        out / f"kept-{student.kind}" / "kept.jsonl", student_folder(out, name), config, show.training
+    )
     show.done(f"{trained.training.get('n_examples', '?')} examples")
 
 
@@ -274,10 +271,6 @@ def _distill_config(name: str, student: StudentRecipe, recipe: Recipe) -> Distil
         ) from exc
 
 
-def _folder(out: Path, name: str) -> Path:
-    return out / "students" / name.replace(" ", "-")
-
-
 def _evaluate_all(
     recipe: Recipe, out: Path, test: _Data, show: Display
 ) -> dict[str, tuple[SystemResult, list[Trajectory]]]:
@@ -286,7 +279,7 @@ def _evaluate_all(
     if recipe.base_n:
         runs[BASE] = _evaluate(BASE, base, "cot", recipe.base_n, recipe, out, test, show)
     for name, student in recipe.students.items():
-        where = str(_folder(out, name))
+        where = str(student_folder(out, name))
         runs[name] = _evaluate(name, where, None, student.evaluate_n, recipe, out, test, show)
     return runs
 
@@ -345,8 +338,8 @@ def _ask(recipe: Recipe, out: Path, test: _Data) -> dict[str, str] | None:
     from agentkd.engine.student import load_student
     from agentkd.serve import Server, create_app, student_backend
 
-    student = load_student(_folder(out, name))
-    backend = student_backend(_folder(out, name))
+    student = load_student(student_folder(out, name))
+    backend = student_backend(student_folder(out, name))
     try:
         with Server(create_app([backend])) as server:
             config = AgentConfig(
@@ -367,159 +360,3 @@ def _ask(recipe: Recipe, out: Path, test: _Data) -> dict[str, str] | None:
     finally:
         backend.close()
     return {"question": recipe.ask, "answer": str(record.answer), "stop_reason": record.stop_reason.value}
-
-
-def _report(
-    recipe: Recipe,
-    out: Path,
-    train: _Data,
-    test: _Data,
-    kept: dict[str, Filtered],
-    runs: dict[str, tuple[SystemResult, list[Trajectory]]],
-    served: dict[str, str] | None,
-) -> Path:
-    from agentkd.report import write_report
-
-    labels = list(runs)
-    best = labels[-1] if labels[-1] != BASE else labels[0]
-    differences = {
-        f"agent-distilled minus {other}": paired_difference(runs["agent-distilled"][1], runs[other][1])
-        for other in labels
-        if other != "agent-distilled" and "agent-distilled" in runs
-    }
-    return write_report(
-        out / "report",
-        title=recipe.title,
-        results=[result for result, _ in runs.values()],
-        differences=differences,
-        collection={kind: _collection(out, kind, filtered) for kind, filtered in kept.items()},
-        losses={name: _losses(_folder(out, name)) for name in recipe.students},
-        config=recipe.model_dump(mode="json"),
-        versions=provenance()["versions"],
-        notes=[*recipe.notes, _overlap(train.tasks, test.tasks)],
-        served=served,
-        next_steps=_next_steps(recipe, out),
-        examples=_examples(runs[best][1]),
-    )
-
-
-def _overlap(train: Sequence[Task], test: Sequence[Task]) -> str:
-    return f"Questions that stand in both the training and the test tasks: {contamination(train, test)}."
-
-
-def _collection(out: Path, kind: str, filtered: Filtered) -> dict[str, Any]:
-    collected = read_trajectories(out / f"collect-{kind}" / "trajectories.jsonl")
-    return {
-        "collected": len(collected),
-        "correct": sum(item.correct for item in collected),
-        "kept": len(filtered.kept),
-        "dropped": dict(filtered.reasons),
-    }
-
-
-def _losses(folder: Path) -> list[tuple[int, float]]:
-    import json
-
-    path = folder / "loss.jsonl"
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [(row["step"], row["loss"]) for row in rows]
-
-
-def _examples(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """A right and a wrong one of every family, so that a reader sees both."""
-    chosen: dict[tuple[str, bool], Trajectory] = {}
-    for item in trajectories:
-        chosen.setdefault((item.task.family, item.correct), item)
-    return list(chosen.values())[:12]
-
-
-def _next_steps(recipe: Recipe, out: Path) -> list[str]:
-    name = next((name for name, student in recipe.students.items() if student.kind == "agent"), None)
-    served = _folder(out, name) if name else out / "students"
-    return [
-        f"agentkd serve {served} --port 8000",
-        "# a real teacher (any OpenAI-compatible endpoint, for instance vLLM on a GPU machine):",
-        "vllm serve Qwen/Qwen2.5-32B-Instruct --port 8001",
-        "agentkd collect --api-base http://127.0.0.1:8001/v1 --model Qwen/Qwen2.5-32B-Instruct "
-        "--tasks tasks.jsonl --corpus passages.jsonl --out runs/mine",
-        "agentkd filter runs/mine --out runs/mine/kept",
-        "# a larger student; a GPU is used when there is one:",
-        "agentkd distill runs/mine/kept/kept.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --lr 2e-4 --rank 64 "
-        "--max-length 4096 --out student",
-    ]
-
-
-def evaluate_command(
-    *,
-    student: str | None,
-    tasks: str,
-    out: Path,
-    n: int | None,
-    split: str,
-    seed: int,
-    endpoint: tuple[str | None, str | None, str | None],
-    kind: str | None,
-    sandbox: str,
-    corpus: str | None,
-    temperature: float,
-    max_tokens: int,
-    workers: int,
-    actions: int,
-    on_progress: Callable[[Progress], None] | None,
-) -> tuple[SystemResult, Any]:
-    """What ``agentkd evaluate`` does; returns the figures and a table of them."""
-    api_base, model, api_key = endpoint
-    if (student is None) == (api_base is None):
-        raise ConfigError("Evaluate what?", "Give either a student folder or --api-base and --model.")
-    if api_base is not None and model is None:
-        raise ConfigError("No model was named.", "Pass --model as the endpoint lists it.")
-    taskset = load_taskset(tasks, split, n, seed)
-    retriever = open_corpus(corpus, taskset.passages).retriever
-    chosen: Any = kind
-    sampling = {"sampler": SamplerConfig(n=actions, seed=seed) if actions > 1 else None}
-
-    @contextmanager
-    def source() -> Iterator[tuple[AgentConfig, Any]]:
-        if student is None:
-            config = _endpoint_config(api_base, model, api_key, chosen, sandbox, temperature, max_tokens)
-            yield config.model_copy(update=sampling), None
-            return
-        from agentkd.system import open_system
-
-        with open_system(
-            student, kind=chosen, sandbox=sandbox, temperature=temperature, max_tokens=max_tokens
-        ) as system:
-            yield system.config.model_copy(update=sampling), system.model
-
-    label = Path(student).name if student else str(model)
-    result, _ = run_evaluation(
-        label, taskset.tasks, source, out, retriever=retriever, workers=workers, on_progress=on_progress
-    )
-    return result, comparison_table([result])
-
-
-def _endpoint_config(
-    api_base: str | None,
-    model: str | None,
-    api_key: str | None,
-    kind: Literal["agent", "cot"] | None,
-    sandbox: str,
-    temperature: float,
-    max_tokens: int,
-) -> AgentConfig:
-    from agentkd.model import check_endpoint
-
-    assert api_base is not None
-    assert model is not None
-    check_endpoint(api_base, model, api_key)
-    return AgentConfig(
-        model=model,
-        api_base=api_base,
-        api_key=api_key,
-        kind=kind or "agent",
-        sandbox=sandbox,
-        temperature=temperature,
-        max_tokens=max_tokens,
-    )

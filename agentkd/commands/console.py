@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from agentkd.rollouts import Progress
 
 __all__ = [
     "Corpus",
@@ -21,6 +26,7 @@ __all__ = [
     "leave",
     "print_json",
     "progress_bar",
+    "rollout_progress",
 ]
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it goes on.")]
@@ -78,3 +84,24 @@ def announce(sandbox: str | None) -> None:
         from agentkd.sandbox import LOCAL_WARNING
 
         print(f"Note: {LOCAL_WARNING}", file=sys.stderr)
+
+
+@contextmanager
+def rollout_progress(quiet: bool, *stages: str) -> Iterator[list[Callable[[Progress], None] | None]]:
+    """A live line for each stage, from when it begins: done, correct, errors, time left."""
+    if quiet:
+        yield [None] * len(stages)
+        return
+    with progress_bar() as bar:
+
+        def shown(stage: str) -> Callable[[Progress], None]:
+            task = bar.add_task(stage, total=None, note="", visible=False)
+
+            def show(progress: Any) -> None:
+                errors = f", {progress.errors} errors" if progress.errors else ""
+                note = f"{progress.correct} correct{errors}"
+                bar.update(task, completed=progress.done, total=progress.total, note=note, visible=True)
+
+            return show
+
+        yield [shown(stage) for stage in stages]

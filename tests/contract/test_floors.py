@@ -22,6 +22,7 @@ FLOORS = {
     **dict.fromkeys(["first_thought", "expert", "system"], 2),
     **dict.fromkeys(["collect", "filter", "distill", "serve", "evaluate", "report", "exchange", "merge"], 3),
     **dict.fromkeys(["recipe", "pipeline", "display", "doctor", "first_thought_report", "cluster"], 4),
+    **dict.fromkeys(["assess", "recipe_report"], 4),
     **dict.fromkeys(["cli", "commands"], 5),
 }
 BESIDE = {"testing", "__init__", "__main__"}

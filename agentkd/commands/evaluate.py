@@ -1,0 +1,86 @@
+"""``agentkd evaluate``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from agentkd.commands.console import (
+    Corpus,
+    Json,
+    Out,
+    Sandbox,
+    Workers,
+    announce,
+    print_json,
+    rollout_progress,
+)
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "evaluate",
+        epilog="Examples:\n\n`agentkd evaluate student --tasks gym:products,lcm --n 100 --out eval`\n\n"
+        "`agentkd evaluate smollm2-135m --kind cot --tasks gym:lcm --n 50 --out eval-base`",
+    )(evaluate)
+
+
+def evaluate(
+    student: Annotated[
+        str | None, typer.Argument(help="Student folder, or a base model (name or folder) with --kind.")
+    ] = None,
+    *,
+    tasks: Annotated[str, typer.Option(help="Taskset, see `agentkd collect --help`.")],
+    out: Out,
+    n: Annotated[int | None, typer.Option(min=1)] = None,
+    split: Annotated[str, typer.Option(help='"test" or "train".')] = "test",
+    api_base: Annotated[str | None, typer.Option(help="Evaluate what an endpoint serves instead.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model id at that endpoint.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
+    kind: Annotated[str | None, typer.Option(help='"agent" or "cot"; the student\'s own by default.')] = None,
+    sandbox: Sandbox = "fork",
+    corpus: Corpus = None,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    actions: Annotated[
+        int,
+        typer.Option(
+            min=1, max=64, help="Actions sampled at each step, at most; their majority acts. 1: no sampling."
+        ),
+    ] = 1,
+    workers: Workers = 32,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Run a student, a base model or an endpoint on held-out tasks; accuracy with 95% intervals."""
+    from agentkd.assess import assess
+
+    announce(sandbox)
+    with rollout_progress(as_json, "evaluate") as [show]:
+        result, table = assess(
+            student=student,
+            tasks=tasks,
+            out=out,
+            n=n,
+            split=split,
+            seed=seed,
+            endpoint=(api_base, model, api_key),
+            kind=kind,
+            sandbox=sandbox,
+            corpus=corpus,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            workers=workers,
+            actions=actions,
+            on_progress=show,
+        )
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+        return
+    from rich.console import Console
+
+    Console().print(table)
