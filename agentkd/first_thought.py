@@ -41,6 +41,7 @@ __all__ = [
     "Prefix",
     "collect_first_thoughts",
     "cot_agent",
+    "first_thought_log",
     "load_first_thoughts",
     "prefix_of",
     "probe_continuation",
@@ -175,8 +176,9 @@ def collect_first_thoughts(
     folder = out / FOLDER
     ways = [probe_continuation(agent) for agent in agents]
     how = _same_way(folder / "endpoint.json", min(ways, key=lambda way: way.via))  # "instruction" comes first
-    run(tasks, cot_agent(agents[0], config), folder / "trajectories.jsonl")
-    thoughts = {item.task.id: item for item in read_trajectories(folder / "trajectories.jsonl")}
+    log = first_thought_log(out)
+    run(tasks, cot_agent(agents[0], config), log)
+    thoughts = {item.task.id: item for item in read_trajectories(log)}
     lines = [prefix_of(thoughts[task.id], config) for task in tasks if task.id in thoughts]
     write_jsonl(folder / "prefixes.jsonl", lines)
     found = FirstThoughts({line.task: line for line in lines}, how.via)
@@ -187,6 +189,11 @@ def collect_first_thoughts(
             f"See {folder / 'prefixes.jsonl'}; collect without --first-thought, or with another prompt.",
         )
     return found
+
+
+def first_thought_log(out: Path) -> Path:
+    """Where a run's chains of thought are recorded."""
+    return out / FOLDER / "trajectories.jsonl"
 
 
 def load_first_thoughts(out: Path) -> FirstThoughts | None:

@@ -142,7 +142,7 @@ def work(options: argparse.Namespace) -> None:
         if options.run == "agentkd":
             right = run_agentkd(*size, options.processes, options.sandbox)
         elif options.run == "agentkd, no sandbox":
-            right = profile(*size)
+            right = run_nowhere(*size)
         else:
             right = {"plain": run_plain, "expert": run_expert}[options.run](*size)
         seconds = time.perf_counter() - began
@@ -150,11 +150,8 @@ def work(options: argparse.Namespace) -> None:
     print(json.dumps({"seconds": seconds, "right": right, "peak_mb": peak}))
 
 
-def profile(n: int, workers: int, url: str, out: Path) -> int:
-    """agentkd with actions that run nowhere: what a step costs without its sandbox; prints where it goes."""
-    import cProfile
-    import pstats
-
+def run_nowhere(n: int, workers: int, url: str, out: Path) -> int:
+    """agentkd with actions that run nowhere: what a step costs without its sandbox."""
     from smolagents.local_python_executor import CodeOutput, PythonExecutor
 
     from agentkd.agent import StepAgent
@@ -192,23 +189,90 @@ def profile(n: int, workers: int, url: str, out: Path) -> int:
         return agent
 
     rows = [Task(id=str(i), question=f"question {i}", answer=ANSWER) for i in range(n)]
-    before = time.process_time()
-    profiler = cProfile.Profile() if workers == 1 else None
-    if profiler:
-        profiler.enable()
-        for row in rows:  # in this thread, which the profiler watches
-            from agentkd.recorder import Recorder
-            from agentkd.rollout import rollout
+    done = run_rollouts(rows, make, out / "trajectories.jsonl", workers=workers)
+    return sum(item.correct for item in done)
 
-            rollout(make(row, 0), row, recorder=Recorder(f"{row.id}#0", lambda call, wait: None))
+
+PARTS = {
+    "agentkd/sandbox": "sandbox, this side",
+    "agentkd/record": "log",
+    "agentkd/calls": "log",
+    "agentkd": "agent and rollout",
+    "smolagents": "smolagents",
+    "openai": "client",
+    "httpx": "client",
+    "httpcore": "client",
+    "h11": "client",
+    "anyio": "client",
+    "pydantic": "pydantic",
+}
+"""Who a source file belongs to; the first that fits."""
+
+
+def where(n: int, url: str, sandbox: str) -> None:
+    """Where this process's CPU time goes, by who wrote the code; rollouts one after the other."""
+    import cProfile
+    import pstats
+
+    from agentkd.agent_config import AgentConfig, agent_factory
+    from agentkd.gate import Gate, GateConfig
+    from agentkd.model import fault_of
+    from agentkd.record import AppendLog
+    from agentkd.recorder import Recorder
+    from agentkd.rollout import rollout
+    from agentkd.task import Task
+
+    def part(file: str) -> str:
+        return next((name for path, name in PARTS.items() if f"/{path}" in file), "standard library")
+
+    config = AgentConfig(model="mock", api_base=url, sandbox=sandbox)
+    factory = agent_factory(config, gate=Gate(GateConfig(), fault_of))
+    profiler = cProfile.Profile(time.process_time)
+    with tempfile.TemporaryDirectory() as folder, AppendLog(Path(folder) / "calls-0.jsonl") as log:
+        for number in range(n + 3):
+            task = Task(id=str(number), question=f"question {number}", answer=ANSWER)
+            if number == 3:  # by now everything is imported and started
+                profiler.enable()
+            agent = factory(task, 0)
+            try:
+                rollout(
+                    agent,
+                    task,
+                    recorder=Recorder(f"{task.id}#0", lambda call, wait: log.append(call, wait=wait)),
+                )
+            finally:
+                agent.cleanup()
         profiler.disable()
-        pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(22)
-        return n
-    right = sum(
-        item.correct for item in run_rollouts(rows, make, out / "trajectories.jsonl", workers=workers)
-    )
-    print(f"{1000 * (time.process_time() - before) / n / STEPS:.2f} CPU-ms a step", file=sys.stderr)
-    return right
+    spent: dict[str, float] = {}
+    for (file, _, _), (_, _, own, _, callers) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        # What is written in C belongs to the one that called it.
+        shares = (
+            [(caller[0], numbers[2]) for caller, numbers in callers.items()] if file == "~" else [(file, own)]
+        )
+        for owner, seconds in shares:
+            spent[part(owner)] = spent.get(part(owner), 0.0) + seconds
+    total = sum(spent.values())
+    print(f"where the CPU time of a step goes, in this process ({n} rollouts, profiled: sums are too high)")
+    for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"  {name:20}{1000 * seconds / n / STEPS:8.2f} ms{seconds / total:8.0%}")
+
+
+def import_cost() -> dict[str, float]:
+    """CPU-ms of starting Python and importing what a collector needs; of smolagents and openai alone."""
+    both = {
+        "import_ms": "import agentkd.collect, agentkd.agent",
+        "import_ms_smolagents": "import smolagents, openai",
+    }
+    costs: dict[str, float] = {}
+    for name, statement in both.items():
+        times = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-c", statement], check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        costs[name] = 1000 * statistics.median(times)
+    return costs
 
 
 class Endpoint:
@@ -301,9 +365,9 @@ def report(options: argparse.Namespace) -> None:
         plan += [("agentkd", workers, 0.2) for workers in (4, 16, 256)]
     for _ in range(rounds):
         for system, workers, latency in plan:
-            ideal = workers / STEPS / latency
-            n = round(ideal * (8 if options.quick else 20))
-            n = max(3 * workers, n // 3 if system == "plain" else n)
+            # Whole waves: a last one that is not full would be the benchmark's loss, not the collector's.
+            waves = 10 if options.quick or latency > 1 or system == "plain" else 32
+            n = waves * workers
             result = measure(system, n, workers, latency, options)
             cells.setdefault((system, workers, latency), []).append(result)
             print(
@@ -322,6 +386,17 @@ def report(options: argparse.Namespace) -> None:
         )
     bare = measure("agentkd, no sandbox", 2000 if not options.quick else 600, 64, 0.2, options)
     print(f"without the sandbox: {bare['cpu_ms']:.2f} CPU-ms a step, the start of the process included")
+    endpoint = Endpoint(0.0)
+    try:
+        where(100 if options.quick else 300, endpoint.url, options.sandbox)
+    finally:
+        endpoint.close()
+    imports = import_cost()
+    print(
+        "imports: {import_ms:.0f} CPU-ms, of smolagents and openai alone {import_ms_smolagents:.0f}".format(
+            **imports
+        )
+    )
     ours, ideal_2s = median["agentkd", 64, 0.2], 60 * 64 / STEPS / 2.0
     metrics = {
         "ratio_vs_smolagents": ours["a_minute"] / median["plain", 64, 0.2]["a_minute"],
@@ -329,7 +404,11 @@ def report(options: argparse.Namespace) -> None:
         "fraction_of_ideal_2s": median["agentkd", 64, 2.0]["a_minute"] / ideal_2s,
         "cpu_ms_per_step": bare["cpu_ms"],
         "cpu_ms_per_step_sandbox": ours["cpu_ms"],
+        **imports,
     }
+    if not options.quick:
+        few = median["agentkd", 4, 0.2]
+        metrics["mb_per_rollout_in_flight"] = (ours["peak_mb"] - few["peak_mb"]) / (64 - 4)
     for (system, workers, latency), middle in median.items():
         if system == "agentkd" and latency == 0.2:
             metrics[f"a_minute_{workers}"] = middle["a_minute"]

@@ -46,6 +46,7 @@ def estimate(
     tasks: Sequence[Task],
     prices: dict[str, Price],
     finished: Sequence[Trajectory] = (),
+    to_think: int = 0,
 ) -> Estimate:
     """Guess the cost of the rollouts that are left.
 
@@ -54,6 +55,7 @@ def estimate(
         tasks: all its tasks.
         prices: by model id.
         finished: what the run has already; three of them are enough to go by.
+        to_think: chains of thought that first thoughts are still to be taken from.
     """
     left = max(0, len(tasks) * config.samples - len(finished))
     if len(finished) >= ENOUGH_MEASURED:
@@ -66,17 +68,26 @@ def estimate(
         calls, *rest = _guess(config, tasks)
         tokens = rest[0], rest[1]
         basis = f"assumed: {calls:g} calls of {STEP_TOKENS} sampled tokens each"
-    total = Usage(input_tokens=round(left * tokens[0]), output_tokens=round(left * tokens[1]))
+    _, *thought = _guess(config, tasks, cot=True)
+    total = Usage(
+        input_tokens=round(left * tokens[0] + to_think * thought[0]),
+        output_tokens=round(left * tokens[1] + to_think * thought[1]),
+    )
     models = {teacher.model for teacher in config.everyone()}
     cost = max(prices[model].of(total) for model in models) if models <= set(prices) else None
-    return Estimate(left, round(left * calls), total.input_tokens, total.output_tokens, cost, basis)
+    if to_think:
+        basis += f"; {to_think} chains of thought before that"
+    return Estimate(
+        left, round(left * calls) + to_think, total.input_tokens, total.output_tokens, cost, basis
+    )
 
 
-def _guess(config: CollectConfig, tasks: Sequence[Task]) -> tuple[float, float, float]:
-    """Calls, prompt tokens and sampled tokens of one rollout."""
-    cot = config.agent.kind == "cot"
+def _guess(config: CollectConfig, tasks: Sequence[Task], cot: bool = False) -> tuple[float, float, float]:
+    """Calls, prompt tokens and sampled tokens of one rollout; of a chain of thought where that is meant."""
+    own = None if cot else config.agent.prompt
+    cot = cot or config.agent.kind == "cot"
     calls = 1 if cot else min(STEPS, config.agent.max_steps)
-    template = config.agent.prompt or (prompts.COT_TEACHER if cot else prompts.TEACHER)
+    template = own or (prompts.COT_TEACHER if cot else prompts.TEACHER)
     question = sum(len(task.question) for task in tasks) / max(1, len(tasks))
     first = (len(template) + question) / CHARACTERS_PER_TOKEN
     # Each call repeats what was said before: its own prompt, then turn and observation of each step.

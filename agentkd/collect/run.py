@@ -12,7 +12,12 @@ from agentkd.collect.config import CollectConfig, TeacherConfig
 from agentkd.collect.estimate import Estimate, estimate
 from agentkd.collect.folder import RunLock, begin, check_inputs, stored_retriever
 from agentkd.errors import ConfigError, ProviderError
-from agentkd.first_thought import FirstThoughts, collect_first_thoughts, load_first_thoughts
+from agentkd.first_thought import (
+    FirstThoughts,
+    collect_first_thoughts,
+    first_thought_log,
+    load_first_thoughts,
+)
 from agentkd.gate import Gate
 from agentkd.model import check_endpoint, fault_of
 from agentkd.record import iter_jsonl, write_manifest
@@ -119,8 +124,11 @@ def expect(config: CollectConfig, out: Path) -> Estimate:
     """
     _check(config)
     tasks, _ = check_inputs(config, out)
-    finished = finished_rollouts(out / "trajectories.jsonl")
-    return estimate(config, config.part(tasks), price_table(config), list(finished.values()))
+    part, finished = config.part(tasks), finished_rollouts(out / "trajectories.jsonl")
+    to_think = 0
+    if config.first_thought is not None:
+        to_think = max(0, len(part) - len(finished_rollouts(first_thought_log(out))))
+    return estimate(config, part, price_table(config), list(finished.values()), to_think)
 
 
 def _check(config: CollectConfig) -> None:
@@ -189,13 +197,14 @@ def _first_thoughts(
     def run(tasks: Sequence[Task], agent: AgentConfig, log: Path) -> None:
         from agentkd.crew import Seat
 
-        seat = Seat(
-            agent_factory(agent), config.workers, agent.model, agent.model_dump(mode="json"), config.labels
-        )
+        gate = Gate(config.gate, fault_of, name=str(agent.api_base))
+        make = agent_factory(agent, gate=gate)
+        seat = Seat(make, config.workers, agent.model, agent.model_dump(mode="json"), config.labels)
         options = RunOptions(max_seconds=agent.max_seconds, fsync=config.fsync)
         run_seats(tasks, [seat], log, options, ledger=ledger, on_progress=on_progress)
 
-    return collect_first_thoughts(tasks, [config.agent], config.first_thought, out, run)
+    agents = [config.agent_of(teacher) for teacher in config.everyone()]
+    return collect_first_thoughts(tasks, agents, config.first_thought, out, run)
 
 
 def _finished(log: Path) -> int:

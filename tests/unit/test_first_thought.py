@@ -11,7 +11,7 @@ import pytest
 
 from agentkd.agent import build_agent
 from agentkd.agent_config import AgentConfig
-from agentkd.collect import CollectConfig, collect
+from agentkd.collect import CollectConfig, TeacherConfig, collect, expect
 from agentkd.errors import ConfigError, DataError, ProviderError
 from agentkd.expert import EXPERT_LABEL
 from agentkd.filter import filter_run
@@ -341,6 +341,30 @@ def test_a_run_gives_prefixes_and_keeps_the_reason_of_those_it_does_not(tasks: P
     assert done.first_thoughts.counts() == counts
     assert load_first_thoughts(out) == done.first_thoughts
     assert len(filter_run(out, tmp_path / "kept").kept) == 6
+
+
+def test_of_several_teachers_the_one_that_can_least_decides(tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with FakeEndpoint(Teacher(), continues=True) as able, FakeEndpoint(Teacher()) as other:
+        teachers = (TeacherConfig(model="other", api_base=other.url),)
+        done = collect(config(tasks, able.url, teachers=teachers), out)
+    assert [item.correct for item in done.trajectories] == [True] * 6
+    given = [step.first_thought for step in first_steps(out).values() if step.first_thought is not None]
+    assert given
+    assert {item.via for item in given} == {"instruction"}
+
+
+def test_the_estimate_has_the_chains_of_thought(tasks: Path, tmp_path: Path) -> None:
+    without = expect(config(tasks, "http://127.0.0.1:1/v1", first_thought=None), tmp_path / "a")
+    before = expect(config(tasks, "http://127.0.0.1:1/v1"), tmp_path / "b")
+    assert before.calls - without.calls == 6
+    assert before.input_tokens > without.input_tokens
+    assert before.output_tokens > without.output_tokens
+    assert "6 chains of thought" in before.text()
+    out = tmp_path / "run"
+    with FakeEndpoint(Teacher(), continues=True) as endpoint:
+        collect(config(tasks, endpoint.url), out)
+        assert expect(config(tasks, endpoint.url), out).calls == 0
 
 
 def test_an_endpoint_that_ignores_the_fields_is_asked_by_instruction(tasks: Path, tmp_path: Path) -> None:
