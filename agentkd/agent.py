@@ -8,7 +8,7 @@ parsed, what the model is shown, and whose fault a failure was.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal
 
 from smolagents import CodeAgent, LogLevel, Model, Tool
@@ -26,7 +26,7 @@ from agentkd.sampler import Sampled, Sampler, run_action
 from agentkd.sandbox import Outcome, Sandbox, open_sandbox
 from agentkd.trajectory import Failure, FirstThought, Step
 
-__all__ = ["RolloutTimeout", "StepAgent", "build_agent"]
+__all__ = ["RolloutCancelled", "RolloutTimeout", "StepAgent", "build_agent"]
 
 NO_CODE = 'No code block was found. Write "Thought:" and then one ```python block.'
 NO_ANSWER = 'No line "Answer: <answer>" was found.'
@@ -45,6 +45,10 @@ class RolloutTimeout(Exception):
     """The rollout's time is up."""
 
 
+class RolloutCancelled(Exception):
+    """Nobody wants the rollout any more."""
+
+
 class StepAgent(CodeAgent):
     """A ``CodeAgent`` that keeps a :class:`agentkd.trajectory.Step` of every step.
 
@@ -56,6 +60,8 @@ class StepAgent(CodeAgent):
         deadline: ``time.monotonic()`` at which the run ends, or None.
         first_thought: what the first step of an agent begins with, or None.
         sampler: how an action is chosen among several; None takes the one that the model gives.
+        watch: told of every step twice: when its action is chosen, and when it is over.
+        cancelled: True once :meth:`cancel` was called.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class StepAgent(CodeAgent):
         self.deadline: float | None = None
         self.first_thought: FirstThought | None = None
         self.sampler = sampler
+        self.watch: Callable[[Step], None] | None = None
+        self.cancelled = False
         super().__init__(tools=tools, model=model, **options)
 
     def initialize_system_prompt(self) -> str:
@@ -84,6 +92,16 @@ class StepAgent(CodeAgent):
     def sandbox(self) -> Sandbox:
         """The session that runs the code."""
         return self.python_executor  # type: ignore[no-any-return]
+
+    def cancel(self) -> None:
+        """End the run, from another thread: before its next step, or in the middle of an action.
+
+        Where the sandbox cannot be interrupted, an action that is running ends by its own limit.
+        """
+        self.cancelled = True
+        interrupt = getattr(self.sandbox, "interrupt", None)
+        if interrupt is not None:
+            interrupt()
 
     def _messages(self) -> list[ChatMessage]:
         turns = [(step.output, step.observation) for step in self.records]
@@ -106,6 +124,8 @@ class StepAgent(CodeAgent):
         return [*messages[:-1], _message("user", request)], {}
 
     def _step_stream(self, memory_step: ActionStep) -> Generator[ToolCall | ActionOutput]:
+        if self.cancelled:
+            raise RolloutCancelled
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise RolloutTimeout
         draw = StepDraw(self.model, *self._request(), step=len(self.records) + 1)
@@ -143,7 +163,7 @@ class StepAgent(CodeAgent):
         found = prompts.answer_from_cot(draft.raw)
         failure = None if found is not None else Failure(kind="parse", message=NO_ANSWER)
         step = self._new_step(memory_step, draw, draft, Parsed(text, None, text, ()))
-        self.records.append(step.model_copy(update={"is_final": found is not None, "failure": failure}))
+        self._keep(step.model_copy(update={"is_final": found is not None, "failure": failure}))
         if failure is not None:
             raise AgentParsingError(NO_ANSWER, self.logger)
         memory_step.action_output = found
@@ -165,6 +185,8 @@ class StepAgent(CodeAgent):
         if parsed.code is None:
             self._fail(memory_step, step, "parse", NO_CODE, "")
             raise AgentParsingError(NO_CODE, self.logger)
+        if self.watch is not None:
+            self.watch(step)
         memory_step.code_action = parsed.code
         call = ToolCall(name="python_interpreter", arguments=parsed.code, id=f"call_{step.number}")
         memory_step.tool_calls = [call]
@@ -192,7 +214,7 @@ class StepAgent(CodeAgent):
         shown = None if final else prompts.observation_text(outcome.printed, outcome.value)
         memory_step.observations = shown
         memory_step.action_output = outcome.value
-        self.records.append(step.model_copy(update={"observation": shown, "is_final": final}))
+        self._keep(step.model_copy(update={"observation": shown, "is_final": final}))
         return ActionOutput(output=outcome.value, is_final_answer=final)
 
     def _fail(
@@ -206,7 +228,12 @@ class StepAgent(CodeAgent):
         shown = prompts.observation_text(printed, error=message)
         memory_step.observations = shown
         failure = Failure(kind=kind, message=message)
-        self.records.append(step.model_copy(update={"observation": shown, "failure": failure}))
+        self._keep(step.model_copy(update={"observation": shown, "failure": failure}))
+
+    def _keep(self, step: Step) -> None:
+        self.records.append(step)
+        if self.watch is not None:
+            self.watch(step)
 
     def provide_final_answer(self, task: str) -> ChatMessage:
         """A run that reached its step limit ends as such; a last call is made only when asked for."""

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,7 @@ class ForkSandbox(PythonExecutor):
         self._zygote: Zygote | None = None
         self._root: socket.socket | None = None
         self._pidfd: int | None = None
+        self._ending = threading.Lock()
         self._group: ControlGroup | None = None
         self._state: socket.socket | None = None
         self._waiting: list[dict[str, Any]] = []
@@ -209,6 +211,12 @@ class ForkSandbox(PythonExecutor):
         uses, self._uses = tuple(self._uses), []
         return uses
 
+    def interrupt(self) -> None:
+        """End the processes of the session, from any thread: an action that is running fails."""
+        with self._ending, contextlib.suppress(OSError):
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     def close(self) -> None:
         """End the session and everything in it."""
         for candidate in self._tried:
@@ -225,8 +233,9 @@ class ForkSandbox(PythonExecutor):
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
             poll.poll(5000)
-            os.close(self._pidfd)
-            self._pidfd = None
+            with self._ending:  # an interrupt must not meet another session's descriptor
+                os.close(self._pidfd)
+                self._pidfd = None
         if self._group is not None:
             self._group.close()
             self._group = None

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from agentkd.errors import ContextOverflowError, DataError, ProviderError
+from agentkd.errors import (
+    ContextOverflowError,
+    DataError,
+    ProviderError,
+    RetrievalError,
+    SandboxError,
+)
 from agentkd.serve.request import ChatRequest, RequestError
 
 if TYPE_CHECKING:
@@ -23,6 +29,8 @@ __all__ = [
     "Listener",
     "RequestError",
     "StudentBackend",
+    "refuse_options",
+    "status_of",
     "student_backend",
 ]
 
@@ -41,6 +49,8 @@ class ChatChoice:
     """Nats, one for each of ``tokens``."""
     tokens: tuple[str, ...] | None = None
     """The text of each token."""
+    reasoning: str | None = None
+    """What stands before the answer: the steps of an agent, as text."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class ChatResult:
     prompt_tokens: int
     completion_tokens: int
     prompt_token_ids: tuple[int, ...] | None = None
+    rollout: dict[str, Any] | None = None
+    """How an agent came to it: the ``agentkd`` object of the response."""
 
 
 class Listener(Protocol):
@@ -59,8 +71,26 @@ class Listener(Protocol):
     def text(self, index: int, piece: str) -> None:
         """The text of choice ``index`` goes on with ``piece``."""
 
+    def step(self, reasoning: str, event: dict[str, Any]) -> None:
+        """An agent has got on: in words for any client, and in full."""
+
     def cancelled(self) -> bool:
         """True when nobody waits for the answer any more."""
+
+    def when_cancelled(self, act: Callable[[], None]) -> None:
+        """Call ``act``, which must be quick, as soon as that is so; at once if it is so already."""
+
+
+def refuse_options(request: ChatRequest) -> None:
+    """Refuse what only an agent model understands.
+
+    Raises:
+        RequestError: the request has an ``agentkd`` object.
+    """
+    if request.agentkd is not None:
+        raise RequestError(
+            "'agentkd' is for agent models (NAME-agent) only.", param="agentkd", code="unsupported_parameter"
+        )
 
 
 class ChatBackend(Protocol):
@@ -103,6 +133,7 @@ class StudentBackend:
         """See :class:`ChatBackend`."""
         from agentkd.engine.render import render_prompt
 
+        refuse_options(request)
         try:
             prompt = render_prompt(
                 self.tokenizer,
@@ -201,6 +232,7 @@ class ExpertBackend:
 
     def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
         """See :class:`ChatBackend`."""
+        refuse_options(request)
         messages = request.plain_messages()
         texts = self.expert.complete(
             messages,
@@ -271,4 +303,8 @@ def status_of(exc: Exception) -> RequestError:
         return RequestError(str(exc), param="messages")
     if isinstance(exc, ProviderError):
         return RequestError(str(exc), status=503, code="unavailable")
+    if isinstance(exc, SandboxError):
+        return RequestError(str(exc), status=503, code="sandbox_error")
+    if isinstance(exc, RetrievalError):
+        return RequestError(str(exc), status=503, code="retrieval_error")
     return RequestError(f"{type(exc).__name__}: {exc}", status=500, code="internal_error")
