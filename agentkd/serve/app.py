@@ -86,7 +86,7 @@ def create_app(backends: Sequence[ChatBackend]) -> FastAPI:
 class _Piece(NamedTuple):
     """The text of a choice goes on."""
 
-    index: int
+    choice: int
     text: str
 
 
@@ -178,8 +178,8 @@ async def _stream(work: _Work, event: Any) -> AsyncIterator[str]:
             if isinstance(event, _Step):
                 yield _chunk(work, 0, {"reasoning_content": event.reasoning}, agentkd_step=event.event)
             else:
-                sent[event.index] += event.text
-                yield _chunk(work, event.index, {"content": event.text})
+                sent[event.choice] += event.text
+                yield _chunk(work, event.choice, {"content": event.text})
             event = await work.events.get()
         for index, choice in enumerate(event.choices):
             if rest := choice.text[len(sent[index]) :]:
