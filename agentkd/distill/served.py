@@ -49,6 +49,8 @@ class Answer:
     output_ids: tuple[int, ...]
     """The end token included."""
     finish_reason: str
+    logprobs: tuple[float, ...] = ()
+    """Nats, one for each id; empty where the server does not say."""
 
 
 Ask = Callable[[Sequence[Mapping[str, str]], int, float], Answer]
@@ -71,6 +73,16 @@ class Replay(_Record):
     """With the token that ends the turn."""
 
 
+class Greedy(_Record):
+    """What the finished student answered; a server can be held to it, see :mod:`agentkd.engine.probe`."""
+
+    where: str
+    """Trajectory and step."""
+    output_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Nats, one for each id; empty where the server did not say."""
+
+
 class ServedParity(_Record):
     """What was found. ``passed`` is True when nothing was wrong."""
 
@@ -90,6 +102,8 @@ class ServedParity(_Record):
     sampled_other: tuple[tuple[int, ...], ...]
     """Ids of those that the tokenizer would write otherwise: trained on by their ids, never by their text."""
     faults: tuple[str, ...]
+    greedy: tuple[Greedy, ...] = ()
+    """The greedy answer to each prompt that was equal."""
 
 
 def make_replays(
@@ -139,6 +153,7 @@ def check_served(
     faults: list[Finding] = []
     equal = stopped = reproduced = canonical = sampled = 0
     other: list[tuple[int, ...]] = []
+    answers: list[Greedy] = []
     for replay in replays:
         messages = [{"role": "system", "content": system_prompt}, *replay.messages]
         limit = len(replay.target_ids) + _ROOM
@@ -148,6 +163,7 @@ def check_served(
             faults.append(Finding(why[0], replay.where, why[1]))
             continue
         equal += 1
+        answers.append(Greedy(where=replay.where, output_ids=greedy.output_ids, logprobs=greedy.logprobs))
         reproduced += greedy.output_ids == replay.target_ids
         if greedy.finish_reason == "stop":
             stopped += 1
@@ -172,6 +188,7 @@ def check_served(
         sampled=sampled,
         sampled_other=tuple(other),
         faults=tuple(str(fault) for fault in faults),
+        greedy=tuple(answers),
     )
 
 
@@ -188,7 +205,7 @@ def engine(torch_engine: Any, tokenizer: Any) -> Ask:
     def ask(messages: Sequence[Mapping[str, str]], limit: int, temperature: float) -> Answer:
         prompt = render_prompt(tokenizer, messages)
         (done,) = torch_engine.generate(prompt, max_new_tokens=limit, temperature=temperature, seed=0)
-        return Answer(tuple(prompt), done.token_ids, done.finish_reason)
+        return Answer(tuple(prompt), done.token_ids, done.finish_reason, done.logprobs)
 
     return ask
 
