@@ -7,16 +7,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from agentkd.commands.console import Corpus, Sandbox, announce, complain
 
 __all__ = ["register"]
 
 
+_VLLM = "agentkd.vllm_args"
+
+
+class _ServeCommand(TyperCommand):
+    """Keeps what stands behind ``--`` apart: it is vLLM's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        ctx.meta[_VLLM] = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         "serve",
+        cls=_ServeCommand,
         epilog="Examples:\n\n`agentkd serve student --port 8000`\n\n"
         "`agentkd serve student other-student --corpus index/ --actions 8 --save-runs served`\n\n"
         "`agentkd serve student --engine vllm --vllm-python ~/vllm/bin/python -- --tensor-parallel-size 2`\n\n"
@@ -25,7 +39,11 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    what: Annotated[list[str], typer.Argument(help='Student folders, or "expert"; behind `--`: for vLLM.')],
+    context: typer.Context,
+    what: Annotated[
+        list[str],
+        typer.Argument(help='Student folders, or "expert"; what stands behind `--` is passed to vLLM.'),
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
     engine: Annotated[str, typer.Option(help='"auto", "embedded" or "vllm".')] = "auto",
@@ -57,13 +75,12 @@ def serve(
     from agentkd.serve import serve_students
     from agentkd.serve.students import ServeConfig
 
-    students, vllm_args = _split(what, sys.argv)
     announce(sandbox)
     chosen: Any = _known(engine)
     config = ServeConfig(
         engine=chosen,
         vllm_python=vllm_python,
-        vllm_args=tuple(vllm_args),
+        vllm_args=tuple(context.meta[_VLLM]),
         probe=probe,
         sandbox=sandbox,
         corpus=corpus,
@@ -72,16 +89,10 @@ def serve(
         timeout=timeout,
         save_runs=save_runs,
     )
-    serve_students(students, config, host=host, port=port, say=complain)
+    serve_students(what, config, host=host, port=port, say=complain)
 
 
 def _known(engine: str) -> Literal["auto", "embedded", "vllm"]:
     if engine not in ("auto", "embedded", "vllm"):
         raise typer.BadParameter(f'{engine!r} is not "auto", "embedded" or "vllm".', param_hint="--engine")
     return engine  # type: ignore[return-value]
-
-
-def _split(what: list[str], line: list[str]) -> tuple[list[str], list[str]]:
-    """The students, and what stands behind ``--``, which the parser does not keep apart."""
-    count = len(line) - line.index("--") - 1 if "--" in line else 0
-    return (what[:-count], what[-count:]) if count else (what, [])

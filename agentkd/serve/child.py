@@ -187,10 +187,8 @@ class Child:
         if process is None:
             return
         _signal(process.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            pass
         _signal(process.pid, signal.SIGKILL)
         process.wait()
 
