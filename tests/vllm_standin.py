@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 2048
 
@@ -66,9 +69,6 @@ def main() -> None:
 
 def application(engines: dict[str, Any]) -> Any:
     """``/health``, ``/v1/models`` and ``/v1/completions``."""
-    from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse, StreamingResponse
-
     app = FastAPI()
 
     @app.get("/health")

@@ -259,9 +259,12 @@ def start_vllm(
     engines: list[Engine] = []
     for number, group in enumerate(groups):
         model = resolve_model(group[0].base) if gpu else _merged(group[0], scratch / f"merged-{number}")
-        child = _child(group, model, scratch / f"vllm-{number}.log", python, gpu, arguments, seconds)
+        descriptor, log = tempfile.mkstemp(prefix="agentkd-vllm-", suffix=".log")
+        os.close(descriptor)
+        child = _child(group, model, Path(log), python, gpu, arguments, seconds)
         stack.callback(child.stop)
         child.start()
+        stack.callback(Path(log).unlink, missing_ok=True)  # it stays where the start failed
         for student in group:
             engine = VLLMEngine(child, _name(student))
             stack.callback(engine.close)
