@@ -14,9 +14,14 @@ TAUGHT: dict[str, tuple[tuple[str, str | None], ...]] = {
     "What is 6 times 7?": (("print(6 * 7)", "Observation:\n42"), ("final_answer(42)", None)),
     "Say hello.": (("final_answer('hello')", None),),
     "Wait.": (("while True: pass", None),),
+    "Look up x.": (("print(search('x'))", "Observation:\n[x] y"), ("final_answer('y')", None)),
     "Go on.": (("print('on')", "Observation:\non"), ("print('on')", "Observation:\non")),
 }
 """Question -> the code of each step and what it prints."""
+SEARCH = (
+    '{"name": "search", "description": "d", "inputs": {"query": {"type": "string", "description": "q"}}, '
+    '"output_type": "string"}'
+)
 
 
 def base_model(folder: Path, tokenizer: Any) -> None:
@@ -55,6 +60,7 @@ def _trajectory(question: str, steps: tuple[tuple[str, str | None], ...]) -> Tra
         id=f"{question}#0",
         task=Task(id=question, question=question),
         steps=tuple(made),
+        tools=(SEARCH,),
         model="m",
         system_prompt="p",
         stop_reason=StopReason.FINAL_ANSWER,

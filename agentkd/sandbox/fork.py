@@ -77,7 +77,7 @@ class ForkSandbox(PythonExecutor):
         self._zygote: Zygote | None = None
         self._root: socket.socket | None = None
         self._pidfd: int | None = None
-        self._ending = threading.Lock()
+        self._ending, self._interrupted = threading.Lock(), False
         self._group: ControlGroup | None = None
         self._state: socket.socket | None = None
         self._waiting: list[dict[str, Any]] = []
@@ -212,9 +212,14 @@ class ForkSandbox(PythonExecutor):
         return uses
 
     def interrupt(self) -> None:
-        """End the processes of the session, from any thread: an action that is running fails."""
-        with self._ending, contextlib.suppress(OSError):
-            if self._pidfd is not None:
+        """End the session for good, from any thread: an action that runs, or is about to, fails."""
+        with self._ending:
+            self._interrupted = True
+            self._kill()
+
+    def _kill(self) -> None:
+        if self._pidfd is not None:
+            with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
@@ -228,8 +233,7 @@ class ForkSandbox(PythonExecutor):
         self._state = self._root = None
         self._waiting = []
         if self._pidfd is not None:
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._kill()
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
             poll.poll(5000)
@@ -273,7 +277,10 @@ class ForkSandbox(PythonExecutor):
                 )
             if self.user == 0 or (uid is not None and uid != self.user):
                 raise SandboxError("The sandbox did not give up the rights of root.", DOCTOR)
-            self._pidfd = os.pidfd_open(pid)
+            with self._ending:
+                self._pidfd = os.pidfd_open(pid)
+                if self._interrupted:
+                    self._kill()
             self._group = ControlGroup(f"{id(zygote):x}-{number}", limits.memory_mb << 20, limits.processes)
             self._group.add(pid)
             send(self._root, {"tools": list(self._host.tools), "variables": self._variables})

@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-from agentkd.errors import StorageError
+from agentkd.errors import StorageError, boundary
 from agentkd.record import AppendLog, write_manifest
 from agentkd.trajectory import Trajectory
 
@@ -51,9 +51,13 @@ class RunLog:
         return True
 
     def close(self) -> None:
-        """Close the files, and the folder with its manifest."""
-        self._finished.close()
-        self._failed.close()
+        """Close the files, and the folder with its manifest; says on stderr where that fails."""
         outputs = [self._finished.path, self._failed.path]
         counts = {"saved": self.saved, "lost": self.lost}
-        write_manifest(self.folder, stage="serve", config={}, counts=counts, outputs=outputs)
+        try:
+            with boundary(StorageError, f"closing {self.folder}"):
+                self._finished.close()
+                self._failed.close()
+                write_manifest(self.folder, stage="serve", config={}, counts=counts, outputs=outputs)
+        except StorageError as exc:  # the server is ending, and an answer is never at stake any more
+            print(f"{self.folder} was not closed: {exc}", file=sys.stderr)

@@ -87,7 +87,7 @@ class VLLMEngine:
             "max_tokens": min(max_new_tokens, self.context - len(prompt_ids)),
             "temperature": temperature,
             "top_p": top_p or 1e-6,  # vLLM refuses 0, by which the likeliest token is meant
-            "seed": seed,
+            "seed": None if seed is None else seed % 2**63,
             "stop": list(stop),
             "logprobs": 1,
             "return_token_ids": True,

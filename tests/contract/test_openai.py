@@ -166,7 +166,11 @@ def test_candidates_and_votes(client: openai.OpenAI) -> None:
 def test_the_agents_limits(client: openai.OpenAI) -> None:
     def call(**options: Any) -> tuple[str, str, str]:
         answer = ask(client, "taught-agent", messages=GO_ON, **options)
-        return answer.choices[0].message.content, answer.choices[0].finish_reason, answer.agentkd["stop_reason"]
+        return (
+            answer.choices[0].message.content,
+            answer.choices[0].finish_reason,
+            answer.agentkd["stop_reason"],
+        )
 
     assert call(extra_body={"agentkd": {"max_steps": 2}}) == ("", "length", "max_steps")
     assert call(max_tokens=40, extra_body={"agentkd": {"max_steps": 9}}) == ("", "length", "output_limit")
