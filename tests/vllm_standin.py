@@ -1,7 +1,7 @@
 """A stand-in for vLLM's server: its command line and its ``/v1/completions``, over the embedded engine.
 
-:func:`install` makes an interpreter that "has vllm": ``python -m vllm.entrypoints.openai.api_server`` is this
-file. What it answers has the form that vLLM's documentation and server give; what it cannot show is vLLM itself.
+:func:`install` makes an interpreter that "has vllm": ``python -m vllm.entrypoints.openai.api_server``
+is this file. What it answers has the form of vLLM's answers; what it cannot show is vLLM itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What clients of the endpoint rely on, over each engine: the official client, smolagents, curl.
 
-"standin" is a vLLM server's command line and wire format over the embedded engine; "vllm" is vLLM itself, of the
-interpreter that AGENTKD_VLLM_PYTHON names (``make test-vllm``).
+"standin" is a vLLM server's command line and wire format over the embedded engine; "vllm" is vLLM
+itself, of the interpreter that AGENTKD_VLLM_PYTHON names (``make test-vllm``).
 """
 
 from __future__ import annotations

@@ -131,9 +131,9 @@ def test_a_server_that_dies_under_load_is_started_again(taught: Path, python: st
 
 
 def test_a_first_start_that_fails_says_why(taught: Path, python: str) -> None:
-    with pytest.raises(ProviderError, match="no room for the cache") as caught:
-        with open_students([taught], config(python, vllm_args=("--fail", "no room for the cache"))):
-            pass
+    failing = config(python, vllm_args=("--fail", "no room for the cache"))
+    with pytest.raises(ProviderError, match="no room for the cache") as caught, ExitStack() as stack:
+        stack.enter_context(open_students([taught], failing))
     Path(str(caught.value.hint).removeprefix("See ").removesuffix(".")).unlink()
 
 
@@ -264,9 +264,8 @@ def test_another_base_is_refused(two: list[Path]) -> None:
 
 
 def test_two_students_of_one_name_are_refused(taught: Path) -> None:
-    with pytest.raises(ConfigError, match="called taught"):
-        with open_students([taught, taught], ServeConfig(engine="embedded")):
-            pass
+    with pytest.raises(ConfigError, match="called taught"), ExitStack() as stack:
+        stack.enter_context(open_students([taught, taught], ServeConfig(engine="embedded")))
 
 
 def test_several_students_on_the_embedded_engine(two: list[Path]) -> None:
