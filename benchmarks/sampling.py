@@ -7,7 +7,8 @@ one takes the first of the larger one's draws. Accuracy with 95% Wilson interval
 question; CPU time of a step beyond the model's.
 
 n = 100 a cell is sized for about two hours on two cores; ``--quick`` (n = 8, one family, N = 4) takes some
-minutes. An unfinished run goes on where it stopped.
+minutes. An unfinished run goes on where it stopped. ``--weak`` and ``--full`` take students that are
+there already.
 """
 
 from __future__ import annotations
@@ -79,16 +80,17 @@ class Nested(Model):
 
 
 def students(out: Path, steps: tuple[int, int], n: int) -> dict[str, Path]:
-    """The same training, stopped early and whole."""
+    """The same data, a short training and a whole one."""
+    found = {name: out / name for name in ("weak", "full")}
+    if all((folder / "manifest.json").is_file() for folder in found.values()):
+        return found
     with expert_endpoint(seed=0, error_rate=0.1) as url:
         agent = AgentConfig(model="offline-expert", api_base=url, search_k=2)
         collect(CollectConfig(tasks=TRAIN, n=n, agent=agent), out / "collected")
     kept = out / "kept"
     filter_run(out / "collected", kept, FilterConfig())
-    found = {}
-    for name, count in zip(("weak", "full"), steps, strict=True):
-        found[name] = out / name
-        distill(kept / "kept.jsonl", found[name], DistillConfig(steps=count))
+    for folder, count in zip(found.values(), steps, strict=True):
+        distill(kept / "kept.jsonl", folder, DistillConfig(steps=count))
     return found
 
 
