@@ -12,6 +12,7 @@ from agentkd.agent_config import AgentConfig
 from agentkd.engine.model import EngineModel
 from agentkd.errors import ConfigError
 from agentkd.sandbox import DEFAULT_BACKEND, open_sandbox
+from agentkd.test_time import TestTime, load_test_time
 
 __all__ = ["System", "open_system"]
 
@@ -32,6 +33,7 @@ def open_system(
     temperature: float = 0.0,
     max_tokens: int = 512,
     max_batch: int = 32,
+    test_time: TestTime | None = None,
 ) -> Iterator[System]:
     """Load a student folder or a base model; the engine ends with the block.
 
@@ -41,6 +43,7 @@ def open_system(
         sandbox: where its code runs.
         temperature, max_tokens: sampling of one step.
         max_batch: sequences decoded together.
+        test_time: sampler and router; what stands in the student's folder by default.
 
     Raises:
         ConfigError: no such model, no kind, or an unknown sandbox.
@@ -72,6 +75,7 @@ def open_system(
     else:
         engine = TorchEngine.load(what, max_batch=max_batch)
         tokenizer = load_tokenizer(resolve_model(what))
+    settings = test_time or (load_test_time(what) if is_student else TestTime())
     config = AgentConfig(
         model=Path(what).name if is_student else what,
         kind=kind,
@@ -81,6 +85,8 @@ def open_system(
         max_steps=max_steps,
         imports=imports,
         sandbox=sandbox,
+        sampler=settings.sampler,
+        router=settings.router,
     )
     model = EngineModel(engine, tokenizer, config.model, max_tokens=max_tokens, temperature=temperature)
     try:
