@@ -12,6 +12,7 @@ from agentkd.agent_config import AgentConfig
 from agentkd.engine.model import EngineModel
 from agentkd.errors import ConfigError
 from agentkd.sandbox import DEFAULT_BACKEND, open_sandbox
+from agentkd.test_time import TestTime, load_test_time
 
 if TYPE_CHECKING:
     from agentkd.engine.student import Student
@@ -27,7 +28,12 @@ class System(NamedTuple):
 
 
 def student_config(
-    student: Student, *, sandbox: str = DEFAULT_BACKEND, temperature: float = 0.0, max_tokens: int = 512
+    student: Student,
+    *,
+    sandbox: str = DEFAULT_BACKEND,
+    temperature: float = 0.0,
+    max_tokens: int = 512,
+    test_time: TestTime | None = None,
 ) -> AgentConfig:
     """The settings of a student's agents, for evaluation and serving alike.
 
@@ -35,7 +41,12 @@ def student_config(
         student: from :func:`agentkd.engine.student.load_student`.
         sandbox: where its code runs.
         temperature, max_tokens: sampling of one step.
+        test_time: sampler and router; what stands in the student's folder by default.
+
+    Raises:
+        ConfigError: those settings cannot be read.
     """
+    test_time = test_time or load_test_time(student.path)
     return AgentConfig(
         model=student.path.resolve().name,
         kind=student.kind,
@@ -45,6 +56,8 @@ def student_config(
         max_steps=student.max_steps,
         imports=tuple(student.imports),
         sandbox=sandbox,
+        sampler=test_time.sampler,
+        router=test_time.router,
     )
 
 
@@ -57,6 +70,7 @@ def open_system(
     temperature: float = 0.0,
     max_tokens: int = 512,
     max_batch: int = 32,
+    test_time: TestTime | None = None,
 ) -> Iterator[System]:
     """Load a student folder or a base model; the engine ends with the block.
 
@@ -66,6 +80,7 @@ def open_system(
         sandbox: where its code runs.
         temperature, max_tokens: sampling of one step.
         max_batch: sequences decoded together.
+        test_time: sampler and router; what stands in the student's folder by default.
 
     Raises:
         ConfigError: no such model, no kind, or an unknown sandbox.
@@ -80,10 +95,11 @@ def open_system(
     if student is not None:
         if kind is not None and kind != student.kind:
             raise ConfigError(f"{what} was distilled as {student.kind!r}.", "Leave --kind out.")
-        config = student_config(student, **sampling)
+        config = student_config(student, test_time=test_time, **sampling)
     elif kind is not None:
         prompt = prompts.STUDENT if kind == "agent" else prompts.COT_STUDENT
-        config = AgentConfig(model=what, kind=kind, prompt=prompt, **sampling)
+        acting = (test_time or TestTime()).model_dump()
+        config = AgentConfig(model=what, kind=kind, prompt=prompt, **sampling, **acting)
     else:
         raise ConfigError(
             f"{what} is no student folder, so it has no kind.", "Pass --kind agent or --kind cot."
