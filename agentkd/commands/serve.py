@@ -55,6 +55,10 @@ def serve(
         int | None,
         typer.Option(min=1, max=64, help="Actions an agent samples at each step; the student's own setting."),
     ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(help="none, implicit, never, forced, threshold:0.5, agreement:0.8; the student's own."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Sampled tokens of one step of an agent.")] = 512,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of an agent.")] = 120.0,
     save_runs: Annotated[
@@ -85,6 +89,7 @@ def serve(
         sandbox=sandbox,
         corpus=corpus,
         actions=actions,
+        router=router,
         max_tokens=max_tokens,
         timeout=timeout,
         save_runs=save_runs,

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agentkd.agent_config import AgentConfig, agent_factory
 from agentkd.engine.model import EngineModel
-from agentkd.errors import ContextOverflowError, ProviderError
+from agentkd.errors import ConfigError, ContextOverflowError, ProviderError
 from agentkd.prompt import FENCE_CLOSE, FENCE_OPEN
 from agentkd.rollout import rollout
+from agentkd.router import parse_router
 from agentkd.sampler import SamplerConfig
 from agentkd.scorer import SCORERS
 from agentkd.serve.backend import ChatChoice, ChatResult, Listener
@@ -207,10 +208,12 @@ def step_event(step: Step, state: Literal["acting", "done"]) -> dict[str, Any]:
     whole = step.model_dump(mode="json")
     kept = ("number", "thought", "code", "observation", "failure", "is_final", "tool_uses", "usage")
     seen = ("code", "outcome", "failure", "votes", "chosen", "mean_logprob")
+    decided = ("router", "mode", "direct", "p_tool", "agreement")
     return {
         "state": state,
         **{name: whole[name] for name in kept},
         "candidates": [{name: candidate[name] for name in seen} for candidate in whole["candidates"]],
+        "route": {name: whole["route"][name] for name in decided} if step.route else None,
         "model_seconds": step.model_seconds,
         "code_seconds": step.code_seconds,
     }
@@ -266,9 +269,14 @@ def _settings(config: AgentConfig, request: ChatRequest, options: AgentOptions) 
         sampler = (sampler or SamplerConfig()).model_copy(update={"n": options.actions})
         sampler = None if options.actions == 1 else sampler
     seed = request.seed if options.seed is None else options.seed
-    if sampler is not None and seed is not None:
-        sampler = sampler.model_copy(update={"seed": seed})
-    return config.model_copy(update={**changes, "sampler": sampler})
+    try:
+        router = config.router if options.router is None else parse_router(options.router)
+    except ConfigError as exc:
+        raise RequestError(str(exc), param="agentkd.router", code="invalid_value") from exc
+    if seed is not None:
+        sampler = sampler and sampler.model_copy(update={"seed": seed})
+        router = router and router.model_copy(update={"seed": seed})
+    return config.model_copy(update={**changes, "sampler": sampler, "router": router})
 
 
 def _reason(trajectory: Trajectory, model: _Model, *, gone: bool) -> StopReason:

@@ -100,6 +100,8 @@ class AgentOptions(BaseModel):
     """Seconds for the whole answer; the server's own limit holds beside it."""
     actions: int | None = Field(default=None, ge=1, le=64)
     """Actions sampled at each step, at most; 1 takes the one the model gives."""
+    router: str | None = None
+    """Whether tools are used, as :func:`agentkd.router.parse_router` reads it; "none" for no router."""
     seed: int | None = None
     """As ``seed`` of the request, which it overrides."""
     return_trajectory: bool = False

@@ -15,6 +15,7 @@ from agentkd.engine.probe import check_files, probe_student
 from agentkd.engine.student import Student, check_base, load_student
 from agentkd.errors import ConfigError
 from agentkd.retrieval.source import open_corpus
+from agentkd.router import parse_router
 from agentkd.sampler import SamplerConfig
 from agentkd.sandbox import DEFAULT_BACKEND, open_sandbox
 from agentkd.serve.agent import AgentBackend
@@ -56,6 +57,8 @@ class ServeConfig(BaseModel):
     """Sampled tokens of one step of an agent."""
     actions: int | None = Field(default=None, ge=1, le=64)
     """Actions sampled at each step, at most; None: as the student's settings say; 1: no sampling."""
+    router: str | None = None
+    """Whether agents use tools, see :func:`agentkd.router.parse_router`; None: the student's setting."""
     timeout: float = Field(default=120.0, gt=0)
     """Seconds for one answer of an agent."""
     save_runs: Path | None = None
@@ -168,4 +171,6 @@ def _agent_config(student: Student, config: ServeConfig) -> AgentConfig:
     if config.actions is not None:
         sampler = (settings.sampler or SamplerConfig()).model_copy(update={"n": config.actions})
         changes["sampler"] = sampler if config.actions > 1 else None
+    if config.router is not None:
+        changes["router"] = parse_router(config.router)
     return settings.model_copy(update=changes)

@@ -163,6 +163,13 @@ def test_candidates_and_votes(client: openai.OpenAI) -> None:
     assert [(it["code"], it["outcome"]) for it in chosen] == [("print(6 * 7)", "42")]
 
 
+def test_a_router_by_request(client: openai.OpenAI) -> None:
+    extra = {"agentkd": {"router": "implicit", "return_trajectory": True}}
+    answer = ask(client, "taught-agent", extra_body=extra)
+    assert answer.choices[0].message.content == "42"
+    assert answer.agentkd["trajectory"]["steps"][0]["route"]["router"] == "implicit"
+
+
 def test_the_agents_limits(client: openai.OpenAI) -> None:
     def call(**options: Any) -> tuple[str, str, str]:
         answer = ask(client, "taught-agent", messages=GO_ON, **options)
@@ -206,6 +213,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
             {"extra_body": {"agentkd": 5}},
         )
     ],
+    ("taught-agent", {"extra_body": {"agentkd": {"router": "weather"}}}),
     ("taught", {"extra_body": {"agentkd": {"max_steps": 3}}}),
     ("taught-agent", {"n": 2}),
     ("taught-agent", {"logprobs": True}),
