@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -94,7 +96,7 @@ def open_students(
         check_files(student)
     choice = choose_engine(config.engine, config.vllm_python)
     say(choice.reason)
-    with ExitStack() as stack:
+    with _terminated_in_order(), ExitStack() as stack:
         runs = RunLog(config.save_runs) if config.save_runs and agents else None
         if runs is not None:
             stack.callback(runs.close)
@@ -111,6 +113,23 @@ def open_students(
                     say(f"{settings.model} learnt to search, and there is nothing to search: pass --corpus.")
                 backends.append(AgentBackend(engine, tokenizer, settings, tools, runs=runs))
         yield backends
+
+
+@contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """SIGTERM ends the block as an exception does, so that what was started is stopped."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _engines(

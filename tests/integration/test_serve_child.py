@@ -271,3 +271,37 @@ def test_two_students_of_one_name_are_refused(taught: Path) -> None:
 def test_several_students_on_the_embedded_engine(two: list[Path]) -> None:
     with open_students(two, ServeConfig(engine="embedded", threads=1)) as backends:
         assert [it.model_id for it in backends] == ["taught", "taught-agent", "twin", "twin-agent"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_serves_and_leaves_nothing(
+    taught: Path, python: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    line = [sys.executable, "-m", "agentkd", "serve", str(taught), "--port", "0", "--vllm-python", python]
+    line += ["--save-runs", str(tmp_path / "runs"), "--", "--max-loras", "3"]
+    environment = {**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
+    assert server.stderr is not None
+    said = []
+    for text in server.stderr:
+        said.append(text)
+        if "Serving taught-agent" in text:
+            break
+    assert any("vLLM 0.0.1 on the CPU" in text for text in said), said
+    url = said[-1].rpartition(" at ")[2].split()[0].rstrip(".")
+    below = [pid for task in Path(f"/proc/{server.pid}/task").glob("*/children") for pid in task.read_text().split()]
+    (child,) = [pid for pid in below if b"vllm.entrypoints" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as client:
+        answer = client.chat.completions.create(
+            model="taught-agent", messages=[{"role": "user", "content": "What is 6 times 7?"}]
+        )
+    assert answer.choices[0].message.content == "42"
+    server.send_signal(number)
+    server.stderr.read()
+    server.wait(30)
+    server.stderr.close()
+    assert not alive(int(child))
+    assert not list(scratch.glob("agentkd-vllm-*"))
+    assert json.loads((tmp_path / "runs" / "manifest.json").read_text())["counts"] == {"saved": 1, "lost": 0}
