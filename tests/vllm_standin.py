@@ -45,9 +45,6 @@ def install(folder: Path, *, cpu: bool = True) -> Path:
 
 def main() -> None:
     """Serve until stopped."""
-    import torch
-    import uvicorn
-
     parser = argparse.ArgumentParser()
     for name in ("--model", "--tokenizer", "--host", "--max-lora-rank", "--max-loras", "--fail"):
         parser.add_argument(name)
@@ -59,6 +56,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.fail:
         sys.exit(given.fail)
+    import torch
+    import uvicorn
+
     from agentkd.engine.torch_engine import TorchEngine
 
     torch.set_num_threads(1)

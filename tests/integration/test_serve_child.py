@@ -273,7 +273,16 @@ def test_several_students_on_the_embedded_engine(two: list[Path]) -> None:
         assert [it.model_id for it in backends] == ["taught", "taught-agent", "twin", "twin-agent"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def children(pid: int) -> list[int]:
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in lists for child in task.read_text().split()]
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_command_serves_and_leaves_nothing(
     taught: Path, python: str, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -291,8 +300,7 @@ def test_the_command_serves_and_leaves_nothing(
             break
     assert any("vLLM 0.0.1 on the CPU" in text for text in said), said
     url = said[-1].rpartition(" at ")[2].split()[0].rstrip(".")
-    below = [pid for task in Path(f"/proc/{server.pid}/task").glob("*/children") for pid in task.read_text().split()]
-    (child,) = [pid for pid in below if b"vllm.entrypoints" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (child,) = [pid for pid in children(server.pid) if b"vllm.entrypoints" in command_line(pid)]
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as client:
         answer = client.chat.completions.create(
             model="taught-agent", messages=[{"role": "user", "content": "What is 6 times 7?"}]
@@ -302,6 +310,6 @@ def test_the_command_serves_and_leaves_nothing(
     server.stderr.read()
     server.wait(30)
     server.stderr.close()
-    assert not alive(int(child))
+    assert not alive(child)
     assert not list(scratch.glob("agentkd-vllm-*"))
     assert json.loads((tmp_path / "runs" / "manifest.json").read_text())["counts"] == {"saved": 1, "lost": 0}
