@@ -46,7 +46,8 @@ def url(request: Any, taught: Path, tmp_path_factory: pytest.TempPathFactory) ->
     config = ServeConfig(engine="embedded", threads=1, timeout=30)
     if request.param != "embedded":
         python = VLLM if request.param == "vllm" else str(install(tmp_path_factory.mktemp("python")))
-        config = config.model_copy(update={"engine": "vllm", "vllm_python": python})
+        quick = ("--enforce-eager",) if request.param == "vllm" else ()  # nothing is compiled
+        config = config.model_copy(update={"engine": "vllm", "vllm_python": python, "vllm_args": quick})
     with open_students([taught], config) as backends, Server(create_app(backends)) as server:
         yield server.url
 
