@@ -25,6 +25,7 @@ from agentkd.trajectory import Trajectory
 __all__ = [
     "Answer",
     "Ask",
+    "Greedy",
     "Replay",
     "ServedParity",
     "check_served",

@@ -21,7 +21,7 @@ from agentkd.rollout import rollout
 from agentkd.router import parse_router
 from agentkd.sampler import SamplerConfig
 from agentkd.scorer import SCORERS
-from agentkd.serve.backend import ChatChoice, ChatResult, Listener
+from agentkd.serve.backend import ChatChoice, ChatResult, Listener, RoomCheck
 from agentkd.serve.request import AgentOptions, ChatRequest, RequestError
 from agentkd.serve.runs import RunLog
 from agentkd.spend import LimitReached
@@ -72,6 +72,7 @@ class AgentBackend:
         self.engine, self.tokenizer = engine, tokenizer
         self.config = config.model_copy(update={"max_seconds": config.max_seconds or MAX_SECONDS})
         self.tools, self.runs = tuple(tools), runs
+        self.room = RoomCheck(engine, tokenizer)
         self.model_id = config.model + SUFFIX
         self.label = f"agentkd agent of {config.model}"
 
@@ -79,6 +80,7 @@ class AgentBackend:
         """See :class:`agentkd.serve.ChatBackend`."""
         options = request.agentkd or AgentOptions()
         _refuse(request, options)
+        self.room.check(message.content for message in request.messages)
         question = question_of(request.plain_messages())
         config = _settings(self.config, request, options)
         model = _Model(self.engine, self.tokenizer, config, request)

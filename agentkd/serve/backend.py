@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -28,6 +28,7 @@ __all__ = [
     "ExpertBackend",
     "Listener",
     "RequestError",
+    "RoomCheck",
     "StudentBackend",
     "refuse_options",
     "status_of",
@@ -113,6 +114,30 @@ class ChatBackend(Protocol):
         """
 
 
+class RoomCheck:
+    """Refuses what cannot fit before it is tokenised, which takes a second for each megabyte.
+
+    Args:
+        engine: whose context counts, where it tells.
+        tokenizer: no token of it stands for more characters than its longest one has.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any) -> None:
+        context: int | None = getattr(engine, "context", None)
+        self.most = None if context is None else context * max(map(len, tokenizer.get_vocab()))
+
+    def check(self, texts: Iterable[str]) -> None:
+        """Look at the texts of a conversation.
+
+        Raises:
+            ContextOverflowError: they are too long, whatever they say.
+        """
+        if self.most is not None and sum(map(len, texts)) > self.most:
+            raise ContextOverflowError(
+                "The conversation is longer than the model's context.", "Shorten the conversation."
+            )
+
+
 class StudentBackend:
     """A model on an engine, asked with exactly the tokens it was trained on.
 
@@ -128,12 +153,14 @@ class StudentBackend:
     def __init__(self, engine: Engine, tokenizer: Any, model_id: str, label: str = "agentkd") -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.model_id, self.label = model_id, label
+        self.room = RoomCheck(engine, tokenizer)
 
     def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
         """See :class:`ChatBackend`."""
         from agentkd.engine.render import render_prompt
 
         refuse_options(request)
+        self.room.check(message.content for message in request.messages)
         try:
             prompt = render_prompt(
                 self.tokenizer,

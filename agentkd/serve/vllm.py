@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ __all__ = ["RANKS", "VLLMEngine", "start_vllm", "vllm_command"]
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM can be started with."""
+_PATIENCE = 120.0
+"""Seconds without a single token after which a request is given up."""
 _CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 
 
@@ -42,7 +44,7 @@ class VLLMEngine:
         self.child, self.model = child, model
         self._client = httpx.Client(
             trust_env=False,
-            timeout=httpx.Timeout(600.0, connect=5.0),
+            timeout=httpx.Timeout(_PATIENCE, connect=5.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
         self.context = self._context()
@@ -94,8 +96,8 @@ class VLLMEngine:
             "stream": True,
         }
         answers = [_Answer() for _ in range(several)]
-        for chunk in self._stream(body):
-            for choice in chunk["choices"]:
+        with closing(self._stream(body)) as chunks:
+            for choice in (choice for chunk in chunks for choice in chunk["choices"]):
                 index = choice["index"]
                 for token in answers[index].add(choice):
                     for twin in range(n) if several < n else (index,):
@@ -104,7 +106,7 @@ class VLLMEngine:
         done = [answer.completion() for answer in answers]
         return done if several == n else done * n
 
-    def _stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _stream(self, body: dict[str, Any]) -> Generator[dict[str, Any]]:
         """The events of one request; leaving it early hangs up, and vLLM drops the request."""
         url = self.child.require() + "/v1/completions"
         try:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,15 @@ def test_a_conversation_that_is_too_long(client: openai.OpenAI, model: str) -> N
         with pytest.raises(openai.BadRequestError) as caught:
             ask(client, model, messages=[{"role": "user", "content": "two " * 4000}], stream=stream)
         assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_megabytes_are_refused_at_once(client: openai.OpenAI, model: str) -> None:
+    began = time.process_time()
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client, model, messages=[{"role": "user", "content": "two " * 750_000}])
+    assert caught.value.status_code in (400, 413)
+    assert time.process_time() - began < 1.5, "nothing was tokenised"
 
 
 def test_an_unknown_model(client: openai.OpenAI) -> None:

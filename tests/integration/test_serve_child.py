@@ -192,6 +192,7 @@ def two(taught: Path, tmp_path: Path) -> Iterator[list[Path]]:
     yield [taught, tmp_path / "twin"]
 
 
+@pytest.mark.slow
 def test_adapters_over_one_base_in_one_server(two: list[Path], gpu_python: str) -> None:
     students = [load_student(folder) for folder in two]
     with ExitStack() as stack:
