@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from agentkd.engine import Engine
 
-__all__ = ["AgentBackend", "question_of", "step_event", "step_text"]
+__all__ = ["AgentBackend", "question_of", "step_event"]
 
 SUFFIX = "-agent"
 """What the name of an agent model ends with."""
@@ -183,11 +183,6 @@ class _Follower:
 def _go_on(cancelled: bool) -> None:
     if cancelled:
         raise ProviderError("The rollout was cancelled.")
-
-
-def step_text(step: Step) -> str:
-    """A finished step in words: thought, code, observation."""
-    return _action_text(step) + _outcome_text(step)
 
 
 def _action_text(step: Step) -> str:

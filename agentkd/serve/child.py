@@ -120,13 +120,13 @@ class Child:
 
     def _supervise(self) -> None:
         """Runs on one thread from the first start to the end: the kernel's leash is tied to it."""
-        delay, everything_began = _BACKOFF[0], True
+        delay, first = _BACKOFF[0], True
         try:
             while not self._stopping.is_set():
                 ready_at = self._run_once()
-                if everything_began and ready_at is None:
+                if first and ready_at is None:
                     return  # the first start failed: that is an error of the settings, not a crash
-                everything_began = False
+                first = False
                 if ready_at is not None and time.monotonic() - ready_at > _STEADY:
                     delay = _BACKOFF[0]
                 if self._stopping.is_set():
