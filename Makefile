@@ -37,7 +37,7 @@ test: install  ## all tests that need no special machine
 test-slow: install  ## the longer checks
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-test-vllm: install  ## against the vLLM server named by AGENTKD_VLLM_URL and AGENTKD_VLLM_MODEL
+test-vllm: install  ## against the server at AGENTKD_VLLM_URL, and the vLLM of AGENTKD_VLLM_PYTHON
 	$(BIN)/python -m pytest -m vllm --timeout 3600
 
 gpu-check: install  ## on a machine with a CUDA device

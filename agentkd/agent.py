@@ -8,7 +8,7 @@ parsed, what the model is shown, and whose fault a failure was.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal
 
 from smolagents import CodeAgent, LogLevel, Model, Tool
@@ -22,13 +22,16 @@ from agentkd import prompt as prompts
 from agentkd.action import Parsed, parse_action
 from agentkd.draw import Draft, StepDraw
 from agentkd.model import provider_error
+from agentkd.router import Decision, Router, RouterConfig, tool_probability
 from agentkd.sampler import Sampled, Sampler, run_action
 from agentkd.sandbox import Outcome, Sandbox, open_sandbox
-from agentkd.trajectory import Failure, FirstThought, Step
+from agentkd.tool_use import is_direct
+from agentkd.trajectory import Failure, FirstThought, Mode, Route, Step
 
-__all__ = ["RolloutTimeout", "StepAgent", "build_agent"]
+__all__ = ["RolloutCancelled", "RolloutTimeout", "StepAgent", "build_agent"]
 
 NO_CODE = 'No code block was found. Write "Thought:" and then one ```python block.'
+NOT_DIRECT = "Answer directly: nothing but final_answer(value), with the value written out."
 NO_ANSWER = 'No line "Answer: <answer>" was found.'
 CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
 """What vLLM, and servers that follow it, take for: go on with the final message."""
@@ -45,6 +48,10 @@ class RolloutTimeout(Exception):
     """The rollout's time is up."""
 
 
+class RolloutCancelled(Exception):
+    """Nobody wants the rollout any more."""
+
+
 class StepAgent(CodeAgent):
     """A ``CodeAgent`` that keeps a :class:`agentkd.trajectory.Step` of every step.
 
@@ -56,6 +63,10 @@ class StepAgent(CodeAgent):
         deadline: ``time.monotonic()`` at which the run ends, or None.
         first_thought: what the first step of an agent begins with, or None.
         sampler: how an action is chosen among several; None takes the one that the model gives.
+        router: decides at the first step whether tools are used; None leaves it to the prompt.
+        mode: which of ``mode_prompts`` the current run is held under; "allowed" but for a router.
+        watch: told of every step twice: when its action is chosen, and when it is over.
+        cancelled: True once :meth:`cancel` was called.
     """
 
     def __init__(
@@ -64,6 +75,8 @@ class StepAgent(CodeAgent):
         kind: Literal["agent", "cot"],
         force_answer: bool,
         sampler: Sampler | None,
+        router: Router | None,
+        mode_prompts: dict[Mode, str],
         tools: list[Tool],
         model: Model,
         **options: Any,
@@ -74,16 +87,31 @@ class StepAgent(CodeAgent):
         self.deadline: float | None = None
         self.first_thought: FirstThought | None = None
         self.sampler = sampler
+        self.router = router
+        self.mode_prompts = mode_prompts
+        self.mode: Mode = "allowed"
+        self.watch: Callable[[Step], None] | None = None
+        self.cancelled = False
         super().__init__(tools=tools, model=model, **options)
 
     def initialize_system_prompt(self) -> str:
         """The prompt as it was given; smolagents would compile a template each time it is asked."""
-        return str(self.instructions)
+        return self.mode_prompts[self.mode]
 
     @property
     def sandbox(self) -> Sandbox:
         """The session that runs the code."""
         return self.python_executor  # type: ignore[no-any-return]
+
+    def cancel(self) -> None:
+        """End the run, from another thread: before its next step, or in the middle of an action.
+
+        Where the sandbox cannot be interrupted, an action that is running ends by its own limit.
+        """
+        self.cancelled = True
+        interrupt = getattr(self.sandbox, "interrupt", None)
+        if interrupt is not None:
+            interrupt()
 
     def _messages(self) -> list[ChatMessage]:
         turns = [(step.output, step.observation) for step in self.records]
@@ -106,14 +134,53 @@ class StepAgent(CodeAgent):
         return [*messages[:-1], _message("user", request)], {}
 
     def _step_stream(self, memory_step: ActionStep) -> Generator[ToolCall | ActionOutput]:
+        if self.cancelled:
+            raise RolloutCancelled
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise RolloutTimeout
-        draw = StepDraw(self.model, *self._request(), step=len(self.records) + 1)
+        draw, decision = self._draw(), None
+        if not self.records and self.router is not None:
+            draw, decision = self._decide(self.router)
         memory_step.model_input_messages = draw.messages
         if self.kind == "cot":
             yield self._answer(memory_step, draw)
         else:
-            yield from self._act(memory_step, draw)
+            yield from self._act(memory_step, draw, decision)
+
+    def _draw(self) -> StepDraw:
+        return StepDraw(self.model, *self._request(), step=len(self.records) + 1)
+
+    def _decide(self, router: Router) -> tuple[StepDraw, Decision]:
+        """Ask the router, and prepare the first step as it says."""
+        draws: dict[Mode, StepDraw] = {}
+
+        def ask(mode: Mode, count: int, config: RouterConfig) -> tuple[list[Draft], list[Parsed]]:
+            self.mode = mode
+            draw = draws[mode] = self._draw()
+            drafts = [draw.scored()] if count == 1 else draw(count, 0, config)[0]
+            return drafts, [self._parse(draft.raw) for draft in drafts]
+
+        self.mode = "allowed"
+        decision = router.decide(ask)
+        self.mode = decision.mode
+        draw = draws.pop(decision.mode, None) or self._draw()
+        for other in draws.values():
+            draw.take_over(other.usage, other.seconds)
+        return draw, decision
+
+    def _route(self, decision: Decision | None, draft: Draft, parsed: Parsed) -> Route | None:
+        if decision is None or self.router is None:
+            return None
+        route = decision.record(self.router.kind)
+        if route.direct is not None or parsed.code is None:
+            return route
+        return route.model_copy(
+            update={
+                "direct": is_direct(parsed.code),
+                "p_tool": tool_probability([draft], [parsed]),
+                "logprobs": draft.logprobs is not None,
+            }
+        )
 
     def _new_step(self, memory_step: ActionStep, draw: StepDraw, draft: Draft, parsed: Parsed) -> Step:
         memory_step.model_output = parsed.output
@@ -143,28 +210,39 @@ class StepAgent(CodeAgent):
         found = prompts.answer_from_cot(draft.raw)
         failure = None if found is not None else Failure(kind="parse", message=NO_ANSWER)
         step = self._new_step(memory_step, draw, draft, Parsed(text, None, text, ()))
-        self.records.append(step.model_copy(update={"is_final": found is not None, "failure": failure}))
+        self._keep(step.model_copy(update={"is_final": found is not None, "failure": failure}))
         if failure is not None:
             raise AgentParsingError(NO_ANSWER, self.logger)
         memory_step.action_output = found
         return ActionOutput(output=found, is_final_answer=True)
 
-    def _act(self, memory_step: ActionStep, draw: StepDraw) -> Generator[ToolCall | ActionOutput]:
+    def _act(
+        self, memory_step: ActionStep, draw: StepDraw, decision: Decision | None
+    ) -> Generator[ToolCall | ActionOutput]:
         """Take an action, and record what came of it."""
-        began = time.monotonic()
+        began = time.monotonic() - draw.seconds
         sampled: Sampled | None = None
-        if self.sampler is not None:
+        opening = None if decision is None else decision.opening
+        if decision is not None and opening is not None and (decision.direct or self.sampler is None):
+            draft, parsed = decision.drafts[opening], decision.parsed[opening]
+        elif self.sampler is not None:
             sampled = self.sampler.act(draw, self._parse, self.sandbox)
             draft, parsed = sampled.draft, sampled.parsed
         else:
-            draft = draw.one()
+            draft = draw.scored() if decision is not None else draw.one()
             parsed = self._parse(draft.raw)
-        step = self._new_step(memory_step, draw, draft, parsed)
-        if sampled is not None:
-            step = step.model_copy(update={"candidates": sampled.candidates})
+        step = self._new_step(memory_step, draw, draft, parsed).model_copy(
+            update={
+                "route": self._route(decision, draft, parsed),
+                "candidates": sampled.candidates if sampled is not None else (),
+            }
+        )
         if parsed.code is None:
-            self._fail(memory_step, step, "parse", NO_CODE, "")
-            raise AgentParsingError(NO_CODE, self.logger)
+            problem = NOT_DIRECT if self.mode == "direct" else NO_CODE
+            self._fail(memory_step, step, "parse", problem, "")
+            raise AgentParsingError(problem, self.logger)
+        if self.watch is not None:
+            self.watch(step)
         memory_step.code_action = parsed.code
         call = ToolCall(name="python_interpreter", arguments=parsed.code, id=f"call_{step.number}")
         memory_step.tool_calls = [call]
@@ -178,10 +256,12 @@ class StepAgent(CodeAgent):
 
     def _parse(self, raw: str) -> Parsed:
         given = self._given
-        if given is None:
-            return parse_action(raw)
-        whole = given.prefix + raw if given.via == "prefill" else prompts.joined(given.prefix, raw)
-        return parse_action(whole)
+        if given is not None:
+            raw = given.prefix + raw if given.via == "prefill" else prompts.joined(given.prefix, raw)
+        parsed = parse_action(raw)
+        if self.mode == "direct" and not is_direct(parsed.code):
+            return parsed._replace(code=None)  # no tools means that nothing is run
+        return parsed
 
     def _outcome(self, memory_step: ActionStep, step: Step, outcome: Outcome) -> ActionOutput:
         if outcome.error is not None:
@@ -192,7 +272,7 @@ class StepAgent(CodeAgent):
         shown = None if final else prompts.observation_text(outcome.printed, outcome.value)
         memory_step.observations = shown
         memory_step.action_output = outcome.value
-        self.records.append(step.model_copy(update={"observation": shown, "is_final": final}))
+        self._keep(step.model_copy(update={"observation": shown, "is_final": final}))
         return ActionOutput(output=outcome.value, is_final_answer=final)
 
     def _fail(
@@ -206,7 +286,12 @@ class StepAgent(CodeAgent):
         shown = prompts.observation_text(printed, error=message)
         memory_step.observations = shown
         failure = Failure(kind=kind, message=message)
-        self.records.append(step.model_copy(update={"observation": shown, "failure": failure}))
+        self._keep(step.model_copy(update={"observation": shown, "failure": failure}))
+
+    def _keep(self, step: Step) -> None:
+        self.records.append(step)
+        if self.watch is not None:
+            self.watch(step)
 
     def provide_final_answer(self, task: str) -> ChatMessage:
         """A run that reached its step limit ends as such; a last call is made only when asked for."""
@@ -239,6 +324,7 @@ def build_agent(
     action_timeout: float = 10.0,
     force_answer: bool = False,
     sampler: Sampler | None = None,
+    router: Router | None = None,
     verbose: bool = False,
 ) -> StepAgent:
     """Make an agent.
@@ -257,6 +343,8 @@ def build_agent(
         force_answer: at the step limit, make one more call that asks for the bare answer.
         sampler: chooses each action among several, for instance
             :class:`agentkd.sampler.SelfConsistentSampler`.
+        router: decides whether a question needs tools, for instance
+            :func:`agentkd.router.make_router`; ``prompt`` is then P_i.
         verbose: print the run as smolagents does.
 
     Raises:
@@ -272,14 +360,20 @@ def build_agent(
         sandbox = "local"  # never used, and then it costs nothing
     if sandbox is None or isinstance(sandbox, str):
         sandbox = open_sandbox(sandbox, imports=imports, timeout=action_timeout)
+    templates: dict[Mode, str] = {"allowed": template}
+    if kind == "agent" and router is not None:
+        templates |= {"direct": prompts.DIRECT, "required": prompts.TOOLS_REQUIRED}
+    texts = {mode: prompts.system_prompt(text, chosen, modules) for mode, text in templates.items()}
     return StepAgent(
         kind=kind,
         force_answer=force_answer,
         sampler=sampler if kind == "agent" else None,
+        router=router if kind == "agent" else None,
+        mode_prompts=texts,
         tools=list(chosen),
         model=model,
         prompt_templates=_TEMPLATES,
-        instructions=prompts.system_prompt(template, chosen, modules),
+        instructions=texts["allowed"],
         executor=sandbox,
         additional_authorized_imports=list(imports),
         max_steps=max_steps if kind == "agent" else 1,

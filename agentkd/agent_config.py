@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentkd.retrieval import Retriever
+from agentkd.router import RouterConfig, make_router
 from agentkd.sampler import SamplerConfig, SelfConsistentSampler
 from agentkd.sandbox import DEFAULT_BACKEND
 from agentkd.task import Task
@@ -46,6 +47,8 @@ class AgentConfig(BaseModel):
     """Modules that code may import beside the standard ones."""
     sampler: SamplerConfig | None = None
     """How each action is chosen among several; None takes the one the model gives."""
+    router: RouterConfig | None = None
+    """Whether tools are used; None leaves it to the prompt."""
     search_k: int = Field(default=3, ge=1)
     """Passages that one search returns."""
     search_tokens: int | None = Field(default=1024, ge=16)
@@ -102,6 +105,7 @@ def agent_factory(
             max_steps=config.max_steps,
             action_timeout=config.action_seconds,
             sampler=SelfConsistentSampler(config.sampler) if config.sampler else None,
+            router=make_router(config.router) if config.router else None,
         )
 
     return make

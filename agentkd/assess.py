@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from agentkd.agent_config import AgentConfig
 from agentkd.errors import ConfigError
 from agentkd.evaluate import SystemResult, comparison_table, run_evaluation
+from agentkd.evaluate.routing import RoutingResult, compare_routers, routing_table, tuned_router
 from agentkd.retrieval.source import open_corpus
 from agentkd.rollouts import Progress
+from agentkd.router import RouterConfig, parse_router
 from agentkd.sampler import SamplerConfig
 from agentkd.taskset import load_taskset
+from agentkd.test_time import TestTime, load_test_time, save_test_time
 
-__all__ = ["assess"]
+__all__ = ["ALL_ROUTERS", "assess"]
+
+ALL_ROUTERS = "all"
+"""In place of a router's name: compare them."""
 
 
 def assess(
@@ -33,10 +39,24 @@ def assess(
     temperature: float,
     max_tokens: int,
     workers: int,
-    actions: int,
+    actions: int | None,
+    router: str | None,
+    target_tokens: float | None,
+    save: bool,
     on_progress: Callable[[Progress], None] | None,
-) -> tuple[SystemResult, Any]:
-    """What ``agentkd evaluate`` does; returns the figures and a table of them."""
+) -> tuple[SystemResult | RoutingResult, Any]:
+    """What ``agentkd evaluate`` does; returns the figures and a table of them.
+
+    Args:
+        actions, router: sampler and router instead of those in the student's folder.
+        target_tokens: with ``router="all"``, what a question may cost on average.
+        save: keep the sampler and the router, the tuned one if all were compared, in that folder.
+        on_progress: told of each result. The others are as in the command.
+
+    Raises:
+        ConfigError: the settings do not fit together.
+        ProviderError: some rollouts ended by errors; what is finished is kept.
+    """
     api_base, model, api_key = endpoint
     if (student is None) == (api_base is None):
         raise ConfigError("Evaluate what?", "Give either a student folder or --api-base and --model.")
@@ -44,49 +64,99 @@ def assess(
         raise ConfigError("No model was named.", "Pass --model as the endpoint lists it.")
     taskset = load_taskset(tasks, split, n, seed)
     retriever = open_corpus(corpus, taskset.passages).retriever
-    chosen: Any = kind
-    sampling = {"sampler": SamplerConfig(n=actions, seed=seed) if actions > 1 else None}
-
-    @contextmanager
-    def source() -> Iterator[tuple[AgentConfig, Any]]:
-        if student is None:
-            config = _endpoint_config(api_base, model, api_key, chosen, sandbox, temperature, max_tokens)
-            yield config.model_copy(update=sampling), None
-            return
-        from agentkd.system import open_system
-
-        with open_system(
-            student, kind=chosen, sandbox=sandbox, temperature=temperature, max_tokens=max_tokens
-        ) as system:
-            yield system.config.model_copy(update=sampling), system.model
-
+    compare = router == ALL_ROUTERS
+    if save and student is None:
+        raise ConfigError("An endpoint has no folder to save in.", "Leave --save-test-time out.")
+    if target_tokens is not None and not compare:
+        raise ConfigError("A target is for choosing among routers.", "Add --router all.")
+    test_time = _test_time(student, actions, None if compare else router, seed)
     label = Path(student).name if student else str(model)
-    result, _ = run_evaluation(
-        label, taskset.tasks, source, out, retriever=retriever, workers=workers, on_progress=on_progress
-    )
-    return result, comparison_table([result])
+
+    def opened() -> AbstractContextManager[tuple[AgentConfig, Any]]:
+        asked = (kind, sandbox, temperature, max_tokens)
+        return (
+            _endpoint(api_base, model, api_key, asked, test_time)
+            if student is None
+            else (_student(student, asked, test_time))
+        )
+
+    shared: dict[str, Any] = {"retriever": retriever, "workers": workers, "on_progress": on_progress}
+    with ExitStack() as stack:
+        system: list[tuple[AgentConfig, Any]] = []
+
+        @contextmanager
+        def source() -> Iterator[tuple[AgentConfig, Any]]:
+            """The system, opened when it is first needed, and once."""
+            if not system:
+                system.append(stack.enter_context(opened()))
+            yield system[0]
+
+        if not compare:
+            same = test_time.model_dump(mode="json")
+            result, _ = run_evaluation(label, taskset.tasks, source, out, same=same, **shared)
+            if save:
+                save_test_time(str(student), test_time)
+            return result, comparison_table([result])
+        config = RouterConfig(seed=seed)
+        found = compare_routers(label, taskset.tasks, source, out, config=config, **shared)
+    tuned = tuned_router(found, target_tokens, config)
+    if save:
+        save_test_time(str(student), test_time.model_copy(update={"router": tuned}))
+    return found, routing_table(found, tuned)
 
 
-def _endpoint_config(
-    api_base: str | None,
-    model: str | None,
-    api_key: str | None,
-    kind: Literal["agent", "cot"] | None,
-    sandbox: str,
-    temperature: float,
-    max_tokens: int,
-) -> AgentConfig:
+def _test_time(student: str | None, actions: int | None, router: str | None, seed: int) -> TestTime:
+    """What the student's folder says, but for what is said here."""
+    settings = TestTime() if student is None else load_test_time(student)
+    if actions is not None:
+        sampler = SamplerConfig(n=actions, seed=seed) if actions > 1 else None
+        settings = settings.model_copy(update={"sampler": sampler})
+    if router is not None:
+        settings = settings.model_copy(update={"router": parse_router(router, seed)})
+    return settings
+
+
+_Asked = tuple[str | None, str, float, int]
+"""Kind, sandbox, temperature, sampled tokens of a step."""
+
+
+@contextmanager
+def _student(what: str, asked: _Asked, test_time: TestTime) -> Iterator[tuple[AgentConfig, Any]]:
+    from agentkd.system import open_system
+
+    kind: Any = asked[0]
+    _, sandbox, temperature, max_tokens = asked
+    with open_system(
+        what,
+        kind=kind,
+        sandbox=sandbox,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        test_time=test_time,
+    ) as system:
+        yield system.config, system.model
+
+
+@contextmanager
+def _endpoint(
+    api_base: str | None, model: str | None, api_key: str | None, asked: _Asked, test_time: TestTime
+) -> Iterator[tuple[AgentConfig, Any]]:
     from agentkd.model import check_endpoint
 
     assert api_base is not None
     assert model is not None
     check_endpoint(api_base, model, api_key)
-    return AgentConfig(
+    kind: Any = asked[0] or "agent"
+    _, sandbox, temperature, max_tokens = asked
+    config = AgentConfig(
         model=model,
         api_base=api_base,
         api_key=api_key,
-        kind=kind or "agent",
+        kind=kind,
         sandbox=sandbox,
         temperature=temperature,
         max_tokens=max_tokens,
+        sampler=test_time.sampler,
+        router=test_time.router,
     )
+    yield config, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from agentkd.errors import ProviderError
 from agentkd.model import provider_error, token_usage
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from smolagents import Model
     from smolagents.models import ChatMessage
 
-    from agentkd.sampler import SamplerConfig
-
-__all__ = ["STOP_SEQUENCES", "Draft", "StepDraw"]
+__all__ = ["STOP_SEQUENCES", "Draft", "Sampling", "StepDraw"]
 
 STOP_SEQUENCES = ("Observation:",)
 
@@ -35,6 +33,17 @@ class Draft(NamedTuple):
     def mean_logprob(self) -> float | None:
         """Mean over its tokens; None where the server does not say."""
         return sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
+
+
+class Sampling(Protocol):
+    """How several answers are drawn."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def seed(self) -> int | None: ...
 
 
 class StepDraw:
@@ -55,6 +64,11 @@ class StepDraw:
         self.model, self.messages, self.options, self.step = model, messages, options, step
         self.answers: list[ChatMessage] = []
         self.seconds = 0.0
+        self._before = Usage()
+
+    def take_over(self, usage: Usage, seconds: float) -> None:
+        """Count what was asked before this, to decide what to ask."""
+        self._before, self.seconds = self._before + usage, self.seconds + seconds
 
     def one(self) -> Draft:
         """One answer, sampled as the model's own settings say.
@@ -64,7 +78,11 @@ class StepDraw:
         """
         return self._ask({})[0]
 
-    def __call__(self, count: int, first: int, config: SamplerConfig) -> tuple[list[Draft], Usage]:
+    def scored(self) -> Draft:
+        """As :meth:`one`, with log-probabilities where the server sends them."""
+        return self._ask(self._scored({}))[0]
+
+    def __call__(self, count: int, first: int, config: Sampling) -> tuple[list[Draft], Usage]:
         """Several answers: in one request where the server can, else in as many, side by side.
 
         Raises:
@@ -75,14 +93,14 @@ class StepDraw:
         spent = sum((token_usage(answer) for answer in self.answers[asked:]), Usage())
         return drafts[:count], spent
 
-    def _several(self, count: int, first: int, config: SamplerConfig) -> list[Draft]:
+    def _several(self, count: int, first: int, config: Sampling) -> list[Draft]:
         drafts: list[Draft] = []
         if count > 1 and not getattr(self.model, "one_at_a_time", False):
             try:
                 drafts = self._ask(self._sampling(config, first, count))
             except ProviderError as exc:
-                if getattr(exc.__cause__, "status_code", None) not in (400, 422):
-                    raise  # these two say that the request is not understood
+                if not _not_understood(exc):
+                    raise
             if len(drafts) < count:
                 self.model.one_at_a_time = True  # known from now on, to all rollouts of this model
         missing = range(first + len(drafts), first + count)
@@ -94,7 +112,7 @@ class StepDraw:
                 drafts = [*drafts, *(draft for found in rest for draft in found)]
         return drafts
 
-    def _sampling(self, config: SamplerConfig, number: int, count: int) -> dict[str, Any]:
+    def _sampling(self, config: Sampling, number: int, count: int) -> dict[str, Any]:
         """The options of a request for ``count`` drafts, the first of which has this number."""
         wanted: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p}
         if config.seed is not None:
@@ -106,9 +124,26 @@ class StepDraw:
         options = {name: value for name, value in wanted.items() if name not in own}
         if count > 1:
             options["n"] = count
-        return {**options, "extra_body": body} if body else options
+        return self._scored({**options, "extra_body": body} if body else options)
+
+    def _scored(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Ask a server for log-probabilities, unless it refused them; a model in this process has them."""
+        over_http = getattr(self.model, "client", None) is not None
+        refused = getattr(self.model, "refuses_logprobs", False)
+        return {**options, "logprobs": True} if over_http and not refused else options
 
     def _ask(self, sampling: dict[str, Any]) -> list[Draft]:
+        try:
+            return self._generate(sampling)
+        except ProviderError as exc:
+            if "logprobs" not in sampling or not _not_understood(exc):
+                raise
+        plain = {name: value for name, value in sampling.items() if name != "logprobs"}
+        drafts = self._generate(plain)
+        self.model.refuses_logprobs = True  # that was it, then
+        return drafts
+
+    def _generate(self, sampling: dict[str, Any]) -> list[Draft]:
         began = time.monotonic()
         try:
             answer = self.model.generate(
@@ -125,12 +160,17 @@ class StepDraw:
     @property
     def usage(self) -> Usage:
         """What it has cost so far."""
-        return sum((token_usage(answer) for answer in self.answers), Usage())
+        return sum((token_usage(answer) for answer in self.answers), self._before)
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...] | None:
         """Where the server returns them."""
         return _ids(self.answers[0].raw, "prompt_token_ids") if self.answers else None
+
+
+def _not_understood(exc: ProviderError) -> bool:
+    """Whether the server says that it does not know such a request."""
+    return getattr(exc.__cause__, "status_code", None) in (400, 422)
 
 
 def _drafts(answer: ChatMessage) -> list[Draft]:

@@ -57,6 +57,8 @@ def rollout(
         recorder.begin(config or {}, labels or {})
     with recorder.watching(agent) if recorder else nullcontext():
         answer, reason, failure = _run(agent, task, recorder)
+    if agent.cancelled and reason.is_error:  # whatever broke, broke because it was stopped
+        reason, failure = StopReason.CANCELLED, None
     if failure is not None:
         failure = failure.model_copy(update={"message": _clean(failure.message, recorder)})
     trajectory = Trajectory(
@@ -93,7 +95,7 @@ def _run(
 ) -> tuple[str | None, StopReason, Failure | None]:
     from smolagents.utils import AgentError
 
-    from agentkd.agent import RolloutTimeout
+    from agentkd.agent import RolloutCancelled, RolloutTimeout
 
     try:
         answer = agent.run(task.question)
@@ -104,6 +106,8 @@ def _run(
         raise
     except (CannotContinue, StorageError):
         raise
+    except RolloutCancelled:
+        return None, StopReason.CANCELLED, None
     except LimitReached as exc:
         return None, StopReason.CANCELLED, Failure(kind="internal", message=str(exc))
     except ContextOverflowError as exc:

@@ -18,6 +18,9 @@ __all__ = [
     "Candidate",
     "Failure",
     "FirstThought",
+    "Mode",
+    "Route",
+    "RouterKind",
     "Score",
     "Step",
     "StopReason",
@@ -167,6 +170,29 @@ class FirstThought(_Record):
     on from these words, and what it wrote was joined to them."""
 
 
+Mode = Literal["direct", "allowed", "required"]
+"""Under which prompt an agent acts: P_n, P_i or P_f of tool-usage adaptation (arXiv 2411.00412)."""
+RouterKind = Literal["implicit", "threshold", "agreement", "forced", "never"]
+
+
+class Route(_Record):
+    """Whether a question was answered directly or with tools, and why."""
+
+    router: RouterKind
+    mode: Mode
+    """The prompt of the rollout."""
+    direct: bool | None = None
+    """The decision; None where the first action could not be parsed."""
+    p_tool: float | None = None
+    """Probability that the first action uses a tool, as far as the drafts tell."""
+    agreement: float | None = None
+    """Share of the direct answers that agreed."""
+    logprobs: bool = False
+    """Whether the server sent log-probabilities, so that they took part in ``p_tool``."""
+    drafts: tuple[Candidate, ...] = ()
+    """What was drawn to decide; the chosen one is the step's action."""
+
+
 class Step(_Record):
     """Thought, action, observation: one turn of the model and what came of it."""
 
@@ -182,6 +208,8 @@ class Step(_Record):
     """What was mended between ``raw`` and ``output``, by name."""
     first_thought: FirstThought | None = None
     """What ``output`` begins with that was given to the model; only ever at the first step."""
+    route: Route | None = None
+    """How the rollout was routed; only ever at the first step. What that has cost is in ``usage``."""
     thought: str = ""
     code: str | None = None
     observation: str | None = None

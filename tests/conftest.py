@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 
 
@@ -16,3 +19,16 @@ def no_real_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 def action(thought: str, code: str) -> str:
     """A well-formed step."""
     return f"Thought: {thought}\n```python\n{code}\n```"
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny student that has learnt the tasks of :mod:`tests.taught`."""
+    for name in ("torch", "transformers", "peft"):
+        pytest.importorskip(name)
+    from tests.taught import teach
+    from tests.unit.test_render import small_tokenizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        return teach(tmp_path_factory.mktemp("taught"), small_tokenizer())

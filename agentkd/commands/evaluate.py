@@ -25,7 +25,9 @@ def register(app: typer.Typer) -> None:
     app.command(
         "evaluate",
         epilog="Examples:\n\n`agentkd evaluate student --tasks gym:products,lcm --n 100 --out eval`\n\n"
-        "`agentkd evaluate smollm2-135m --kind cot --tasks gym:lcm --n 50 --out eval-base`",
+        "`agentkd evaluate smollm2-135m --kind cot --tasks gym:lcm --n 50 --out eval-base`\n\n"
+        "`agentkd evaluate student --tasks gym:lcm --router all --target-tokens 300 --out routing` "
+        "(accuracy against cost, and the router that fits)",
     )(evaluate)
 
 
@@ -47,11 +49,28 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
     actions: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, max=64, help="Actions sampled at each step, at most; their majority acts. 1: no sampling."
+            min=1,
+            max=64,
+            help="Actions sampled at each step, at most; their majority acts. 1: no sampling. "
+            "The student's own setting by default.",
         ),
-    ] = 1,
+    ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            help="Whether to use tools: none, implicit, never, forced, threshold:0.5, agreement:0.8; "
+            '"all" compares them. The student\'s own by default.'
+        ),
+    ] = None,
+    target_tokens: Annotated[
+        float | None, typer.Option(min=1, help="With --router all: mean tokens that a question may cost.")
+    ] = None,
+    save_test_time: Annotated[
+        bool,
+        typer.Option("--save-test-time", help="Keep --actions and --router in the student's folder."),
+    ] = False,
     workers: Workers = 32,
     seed: int = 0,
     as_json: Json = False,
@@ -76,6 +95,9 @@ def evaluate(
             max_tokens=max_tokens,
             workers=workers,
             actions=actions,
+            router=router,
+            target_tokens=target_tokens,
+            save=save_test_time,
             on_progress=show,
         )
     if as_json:

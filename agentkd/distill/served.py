@@ -18,13 +18,14 @@ from agentkd.distill.examples import Example
 from agentkd.distill.parity import Fault, Finding, compare_prompts
 from agentkd.engine.render import render_prompt
 from agentkd.errors import ConfigError, ProviderError, TrainingError
-from agentkd.prompt import trajectory_messages
+from agentkd.prompt import learnt_prompt, trajectory_messages
 from agentkd.record import read_json, write_json
 from agentkd.trajectory import Trajectory
 
 __all__ = [
     "Answer",
     "Ask",
+    "Greedy",
     "Replay",
     "ServedParity",
     "check_served",
@@ -49,6 +50,8 @@ class Answer:
     output_ids: tuple[int, ...]
     """The end token included."""
     finish_reason: str
+    logprobs: tuple[float, ...] = ()
+    """Nats, one for each id; empty where the server does not say."""
 
 
 Ask = Callable[[Sequence[Mapping[str, str]], int, float], Answer]
@@ -65,10 +68,21 @@ class Replay(_Record):
     where: str
     """Trajectory and step."""
     messages: tuple[dict[str, str], ...]
-    """Those behind the system prompt: the server's side supplies that one from ``student.json``."""
+    """Those behind the system prompt, which ``student.json`` supplies; a step that is learnt under another
+    prompt begins with that one."""
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
     """With the token that ends the turn."""
+
+
+class Greedy(_Record):
+    """What the finished student answered; a server can be held to it, see :mod:`agentkd.engine.probe`."""
+
+    where: str
+    """Trajectory and step."""
+    output_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Nats, one for each id; empty where the server did not say."""
 
 
 class ServedParity(_Record):
@@ -90,6 +104,8 @@ class ServedParity(_Record):
     sampled_other: tuple[tuple[int, ...], ...]
     """Ids of those that the tokenizer would write otherwise: trained on by their ids, never by their text."""
     faults: tuple[str, ...]
+    greedy: tuple[Greedy, ...] = ()
+    """The greedy answer to each prompt that was equal."""
 
 
 def make_replays(
@@ -103,7 +119,8 @@ def make_replays(
     replays: list[Replay] = []
     for example in sorted(examples, key=lambda it: (len(it.ids), it.id))[:count]:
         name = example.id if example.id in trajectories else example.id.rpartition("/")[0]
-        messages = trajectory_messages(trajectories[name], system_prompt)
+        prompt = learnt_prompt(trajectories[name], system_prompt)
+        messages = trajectory_messages(trajectories[name], prompt)
         for number in range(len(trajectories[name].steps)):
             before = messages[: 2 + 2 * number]
             begin = len(render_prompt(tokenizer, before))
@@ -116,7 +133,7 @@ def make_replays(
             replays.append(
                 Replay(
                     where=f"{name}, step {number + 1}",
-                    messages=tuple(before[1:]),
+                    messages=tuple(before[prompt == system_prompt :]),
                     prompt_ids=tuple(example.ids[:begin]),
                     target_ids=tuple(example.ids[begin:end]),
                 )
@@ -139,8 +156,11 @@ def check_served(
     faults: list[Finding] = []
     equal = stopped = reproduced = canonical = sampled = 0
     other: list[tuple[int, ...]] = []
+    answers: list[Greedy] = []
     for replay in replays:
-        messages = [{"role": "system", "content": system_prompt}, *replay.messages]
+        messages = list(replay.messages)
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system_prompt})
         limit = len(replay.target_ids) + _ROOM
         greedy = ask(messages, limit, 0.0)
         why = compare_prompts(replay.prompt_ids, greedy.prompt_ids, messages, tokenizer)
@@ -148,6 +168,7 @@ def check_served(
             faults.append(Finding(why[0], replay.where, why[1]))
             continue
         equal += 1
+        answers.append(Greedy(where=replay.where, output_ids=greedy.output_ids, logprobs=greedy.logprobs))
         reproduced += greedy.output_ids == replay.target_ids
         if greedy.finish_reason == "stop":
             stopped += 1
@@ -172,6 +193,7 @@ def check_served(
         sampled=sampled,
         sampled_other=tuple(other),
         faults=tuple(str(fault) for fault in faults),
+        greedy=tuple(answers),
     )
 
 
@@ -188,7 +210,7 @@ def engine(torch_engine: Any, tokenizer: Any) -> Ask:
     def ask(messages: Sequence[Mapping[str, str]], limit: int, temperature: float) -> Answer:
         prompt = render_prompt(tokenizer, messages)
         (done,) = torch_engine.generate(prompt, max_new_tokens=limit, temperature=temperature, seed=0)
-        return Answer(tuple(prompt), done.token_ids, done.finish_reason)
+        return Answer(tuple(prompt), done.token_ids, done.finish_reason, done.logprobs)
 
     return ask
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,12 @@ class EngineModel(Model):
         model_id: the name that trajectories record.
         max_tokens: sampled tokens of one call, unless the call says otherwise.
         temperature: 0 is greedy.
+
+    Attributes:
+        on_token: see :meth:`agentkd.engine.Engine.generate`.
     """
+
+    on_token: Callable[[int, int], None] | None = None
 
     def __init__(
         self,
@@ -60,6 +66,7 @@ class EngineModel(Model):
             top_p=options.get("top_p", 1.0),
             seed=options.get("seed"),
             stop=tuple(stop_sequences or ()),
+            on_token=self.on_token,
         )
         choices = [
             SimpleNamespace(

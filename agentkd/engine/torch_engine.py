@@ -26,7 +26,7 @@ from agentkd.engine.request import Request, Settings
 from agentkd.engine.weights import load_model, load_tokenizer, resolve_model
 from agentkd.errors import ConfigError, ContextOverflowError, boundary
 
-__all__ = ["TorchEngine"]
+__all__ = ["TorchEngine", "merge_adapter"]
 
 _MAX_LANES = 4
 _CACHE_BYTES = 1 << 30
@@ -108,7 +108,7 @@ class TorchEngine:
         # Merging adds small numbers to large ones, so it is done in fp32 and rounded once.
         model = load_model(path, torch.float32 if adapter is not None else dtype)
         if adapter is not None:
-            model = _merge(model, Path(adapter))
+            model = merge_adapter(model, Path(adapter))
         model = model.to(device=device, dtype=dtype)
         return cls(model, load_tokenizer(path), max_batch, threads)
 
@@ -170,7 +170,12 @@ class TorchEngine:
         self.close()
 
 
-def _merge(model: Any, adapter: Path) -> Any:
+def merge_adapter(model: Any, adapter: Path) -> Any:
+    """The model with a LoRA adapter in its weights.
+
+    Raises:
+        ConfigError: the adapter does not fit it.
+    """
     doing, hint = f"merging the adapter in {adapter}", "Was it trained on this base model?"
     with boundary(ConfigError, doing, hint), warnings.catch_warnings():
         from peft import PeftModel

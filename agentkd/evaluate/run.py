@@ -28,6 +28,7 @@ def run_evaluation(
     retriever: Retriever | None = None,
     workers: int = 32,
     groups: Mapping[str, Sequence[str]] | None = None,
+    same: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[SystemResult, list[Trajectory]]:
     """Run a system on tasks, by the same rollout as everywhere; goes on where it stopped.
@@ -41,9 +42,10 @@ def run_evaluation(
         retriever: what the search tool searches.
         workers: rollouts in flight.
         groups: see :func:`summarise`.
+        same: settings of the agent that what stands in ``out`` must have been made with.
 
     Raises:
-        ConfigError: ``out`` holds an evaluation on other tasks.
+        ConfigError: ``out`` holds an evaluation on other tasks, or with other settings.
         ProviderError: some rollouts ended by errors; what is finished is kept.
     """
     stored, log = out / "tasks.jsonl", out / "trajectories.jsonl"
@@ -52,6 +54,9 @@ def run_evaluation(
     write_jsonl(stored, tasks)
     known = finished_rollouts(log)
     trajectories = [known[key] for task in tasks if (key := f"{task.id}#0") in known]
+    for name, value in (same or {}).items():
+        if any(run.config.get(name) != value for run in trajectories):
+            raise ConfigError(f"{out} holds an evaluation with another {name}.", "Choose another --out.")
     if len(trajectories) < len(tasks):
         with system() as (config, model):
             factory = agent_factory(config, search_tools(retriever, config), model)

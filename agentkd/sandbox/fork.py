@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,7 @@ class ForkSandbox(PythonExecutor):
         self._zygote: Zygote | None = None
         self._root: socket.socket | None = None
         self._pidfd: int | None = None
+        self._ending, self._interrupted = threading.Lock(), False
         self._group: ControlGroup | None = None
         self._state: socket.socket | None = None
         self._waiting: list[dict[str, Any]] = []
@@ -209,6 +211,17 @@ class ForkSandbox(PythonExecutor):
         uses, self._uses = tuple(self._uses), []
         return uses
 
+    def interrupt(self) -> None:
+        """End the session for good, from any thread: an action that runs, or is about to, fails."""
+        with self._ending:
+            self._interrupted = True
+            self._kill()
+
+    def _kill(self) -> None:
+        if self._pidfd is not None:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     def close(self) -> None:
         """End the session and everything in it."""
         for candidate in self._tried:
@@ -220,13 +233,13 @@ class ForkSandbox(PythonExecutor):
         self._state = self._root = None
         self._waiting = []
         if self._pidfd is not None:
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._kill()
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
             poll.poll(5000)
-            os.close(self._pidfd)
-            self._pidfd = None
+            with self._ending:  # an interrupt must not meet another session's descriptor
+                os.close(self._pidfd)
+                self._pidfd = None
         if self._group is not None:
             self._group.close()
             self._group = None
@@ -264,7 +277,10 @@ class ForkSandbox(PythonExecutor):
                 )
             if self.user == 0 or (uid is not None and uid != self.user):
                 raise SandboxError("The sandbox did not give up the rights of root.", DOCTOR)
-            self._pidfd = os.pidfd_open(pid)
+            with self._ending:
+                self._pidfd = os.pidfd_open(pid)
+                if self._interrupted:
+                    self._kill()
             self._group = ControlGroup(f"{id(zygote):x}-{number}", limits.memory_mb << 20, limits.processes)
             self._group.add(pid)
             send(self._root, {"tools": list(self._host.tools), "variables": self._variables})

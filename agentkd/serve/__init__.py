@@ -1,7 +1,8 @@
-"""Serving: students, and the offline expert, behind an OpenAI-compatible chat endpoint."""
+"""Serving: students, whole agents, and the offline expert, behind an OpenAI-compatible chat endpoint."""
 
 from __future__ import annotations
 
+from agentkd.serve.agent import AgentBackend
 from agentkd.serve.app import create_app
 from agentkd.serve.backend import (
     ChatBackend,
@@ -14,9 +15,11 @@ from agentkd.serve.backend import (
     StudentBackend,
     student_backend,
 )
-from agentkd.serve.server import Server, serve_forever, serve_student
+from agentkd.serve.server import Server, serve_forever, serve_student, serve_students
+from agentkd.serve.students import ServeConfig, open_students
 
 __all__ = [
+    "AgentBackend",
     "ChatBackend",
     "ChatChoice",
     "ChatRequest",
@@ -24,10 +27,13 @@ __all__ = [
     "ExpertBackend",
     "Listener",
     "RequestError",
+    "ServeConfig",
     "Server",
     "StudentBackend",
     "create_app",
+    "open_students",
     "serve_forever",
     "serve_student",
+    "serve_students",
     "student_backend",
 ]

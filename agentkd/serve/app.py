@@ -7,9 +7,9 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -69,7 +69,7 @@ def create_app(backends: Sequence[ChatBackend]) -> FastAPI:
             finally:
                 watcher.cancel()
                 if not request.stream:
-                    work.gone.set()
+                    work.cancel()
 
     @app.exception_handler(RequestError)
     async def refused(http: Request, exc: RequestError) -> JSONResponse:
@@ -83,17 +83,33 @@ def create_app(backends: Sequence[ChatBackend]) -> FastAPI:
     return app
 
 
+class _Piece(NamedTuple):
+    """The text of a choice goes on."""
+
+    choice: int
+    text: str
+
+
+class _Step(NamedTuple):
+    """An agent has got on."""
+
+    reasoning: str
+    event: dict[str, Any]
+
+
 class _Work:
     """A request on its way: runs the backend on a thread of its own, hands events to the loop.
 
-    Events are ``(index, piece)``, at last a ChatResult or an exception.
+    Events are pieces and steps, at last a ChatResult or an exception.
     """
 
     def __init__(self, backend: ChatBackend, request: ChatRequest) -> None:
         self.backend, self.request = backend, request
-        self.events: asyncio.Queue[tuple[int, str] | ChatResult | Exception] = asyncio.Queue()
+        self.events: asyncio.Queue[_Piece | _Step | ChatResult | Exception] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
-        self.gone = threading.Event()
+        self._gone = threading.Event()
+        self._when_gone: Callable[[], None] | None = None
+        self._lock = threading.Lock()
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
@@ -103,11 +119,31 @@ class _Work:
 
     def text(self, index: int, piece: str) -> None:
         """See :class:`agentkd.serve.backend.Listener`."""
-        self._put((index, piece))
+        self._put(_Piece(index, piece))
+
+    def step(self, reasoning: str, event: dict[str, Any]) -> None:
+        """See :class:`agentkd.serve.backend.Listener`."""
+        self._put(_Step(reasoning, event))
 
     def cancelled(self) -> bool:
         """See :class:`agentkd.serve.backend.Listener`."""
-        return self.gone.is_set()
+        return self._gone.is_set()
+
+    def when_cancelled(self, act: Callable[[], None]) -> None:
+        """See :class:`agentkd.serve.backend.Listener`."""
+        with self._lock:
+            self._when_gone = act
+            gone = self._gone.is_set()
+        if gone:
+            act()
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        with self._lock:
+            first, act = not self._gone.is_set(), self._when_gone
+            self._gone.set()
+        if first and act is not None:
+            act()
 
     def _run(self) -> None:
         try:
@@ -116,7 +152,7 @@ class _Work:
             # Whatever a backend raises is the answer to this request, and ends no other.
             self._put(exc)
 
-    def _put(self, event: tuple[int, str] | ChatResult | Exception) -> None:
+    def _put(self, event: _Piece | _Step | ChatResult | Exception) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
@@ -125,7 +161,7 @@ async def _watch(http: Request, work: _Work) -> None:
     """Note when the client hangs up, so that the engine does not go on for nobody."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
-    work.gone.set()
+    work.cancel()
 
 
 async def _stream(work: _Work, event: Any) -> AsyncIterator[str]:
@@ -139,35 +175,31 @@ async def _stream(work: _Work, event: Any) -> AsyncIterator[str]:
             if isinstance(event, Exception):
                 yield _event(_error(status_of(event)))
                 return
-            index, piece = event
-            sent[index] += piece
-            yield _chunk(work, index, {"content": piece})
+            if isinstance(event, _Step):
+                yield _chunk(work, 0, {"reasoning_content": event.reasoning}, agentkd_step=event.event)
+            else:
+                sent[event.choice] += event.text
+                yield _chunk(work, event.choice, {"content": event.text})
             event = await work.events.get()
         for index, choice in enumerate(event.choices):
             if rest := choice.text[len(sent[index]) :]:
                 yield _chunk(work, index, {"content": rest})
-            yield _chunk(work, index, {}, choice, event)
+            yield _last_chunk(work, index, choice, event)
         if request.stream_options.include_usage:
             yield _event({**_head(work, "chat.completion.chunk"), "choices": [], "usage": _usage(event)})
         yield "data: [DONE]\n\n"
     finally:
-        work.gone.set()
+        work.cancel()
 
 
-def _chunk(
-    work: _Work,
-    index: int,
-    delta: dict[str, str],
-    choice: ChatChoice | None = None,
-    result: ChatResult | None = None,
-) -> str:
-    body: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-    extra: dict[str, Any] = {}
-    if choice is not None and result is not None:
-        body |= _facts(work.request, choice)
-        if work.request.return_token_ids:
-            extra["prompt_token_ids"] = result.prompt_token_ids
+def _chunk(work: _Work, index: int, delta: dict[str, str], **extra: Any) -> str:
+    body = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
     return _event({**_head(work, "chat.completion.chunk"), "choices": [body], **extra})
+
+
+def _last_chunk(work: _Work, index: int, choice: ChatChoice, result: ChatResult) -> str:
+    body = {"index": index, "delta": {}, **_facts(work.request, choice)}
+    return _event({**_head(work, "chat.completion.chunk"), "choices": [body], **_extra(work.request, result)})
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -182,7 +214,7 @@ def _response(work_request: ChatRequest, result: ChatResult) -> dict[str, Any]:
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text},
+            "message": _message(choice),
             **_facts(work_request, choice),
         }
         for index, choice in enumerate(result.choices)
@@ -195,9 +227,22 @@ def _response(work_request: ChatRequest, result: ChatResult) -> dict[str, Any]:
         "choices": choices,
         "usage": _usage(result),
     }
-    if work_request.return_token_ids:
-        body["prompt_token_ids"] = result.prompt_token_ids
-    return body
+    return {**body, **_extra(work_request, result)}
+
+
+def _message(choice: ChatChoice) -> dict[str, Any]:
+    message = {"role": "assistant", "content": choice.text}
+    return message if choice.reasoning is None else {**message, "reasoning_content": choice.reasoning}
+
+
+def _extra(request: ChatRequest, result: ChatResult) -> dict[str, Any]:
+    """What a response carries that OpenAI's has not."""
+    extra: dict[str, Any] = {}
+    if request.return_token_ids:
+        extra["prompt_token_ids"] = result.prompt_token_ids
+    if result.rollout is not None:
+        extra["agentkd"] = result.rollout
+    return extra
 
 
 def _facts(request: ChatRequest, choice: ChatChoice) -> dict[str, Any]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from agentkd.errors import ContextOverflowError, DataError, ProviderError
+from agentkd.errors import (
+    ContextOverflowError,
+    DataError,
+    ProviderError,
+    RetrievalError,
+    SandboxError,
+)
 from agentkd.serve.request import ChatRequest, RequestError
 
 if TYPE_CHECKING:
@@ -22,7 +28,10 @@ __all__ = [
     "ExpertBackend",
     "Listener",
     "RequestError",
+    "RoomCheck",
     "StudentBackend",
+    "refuse_options",
+    "status_of",
     "student_backend",
 ]
 
@@ -41,6 +50,8 @@ class ChatChoice:
     """Nats, one for each of ``tokens``."""
     tokens: tuple[str, ...] | None = None
     """The text of each token."""
+    reasoning: str | None = None
+    """What stands before the answer: the steps of an agent, as text."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,8 @@ class ChatResult:
     prompt_tokens: int
     completion_tokens: int
     prompt_token_ids: tuple[int, ...] | None = None
+    rollout: dict[str, Any] | None = None
+    """How an agent came to it: the ``agentkd`` object of the response."""
 
 
 class Listener(Protocol):
@@ -59,8 +72,26 @@ class Listener(Protocol):
     def text(self, index: int, piece: str) -> None:
         """The text of choice ``index`` goes on with ``piece``."""
 
+    def step(self, reasoning: str, event: dict[str, Any]) -> None:
+        """An agent has got on: in words for any client, and in full."""
+
     def cancelled(self) -> bool:
         """True when nobody waits for the answer any more."""
+
+    def when_cancelled(self, act: Callable[[], None]) -> None:
+        """Call ``act``, which must be quick, as soon as that is so; at once if it is so already."""
+
+
+def refuse_options(request: ChatRequest) -> None:
+    """Refuse what only an agent model understands.
+
+    Raises:
+        RequestError: the request has an ``agentkd`` object.
+    """
+    if request.agentkd is not None:
+        raise RequestError(
+            "'agentkd' is for agent models (NAME-agent) only.", param="agentkd", code="unsupported_parameter"
+        )
 
 
 class ChatBackend(Protocol):
@@ -83,6 +114,30 @@ class ChatBackend(Protocol):
         """
 
 
+class RoomCheck:
+    """Refuses what cannot fit before it is tokenised, which takes a second for each megabyte.
+
+    Args:
+        engine: whose context counts, where it tells.
+        tokenizer: no token of it stands for more characters than its longest one has.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any) -> None:
+        context: int | None = getattr(engine, "context", None)
+        self.most = None if context is None else context * max(map(len, tokenizer.get_vocab()))
+
+    def check(self, texts: Iterable[str]) -> None:
+        """Look at the texts of a conversation.
+
+        Raises:
+            ContextOverflowError: they are too long, whatever they say.
+        """
+        if self.most is not None and sum(map(len, texts)) > self.most:
+            raise ContextOverflowError(
+                "The conversation is longer than the model's context.", "Shorten the conversation."
+            )
+
+
 class StudentBackend:
     """A model on an engine, asked with exactly the tokens it was trained on.
 
@@ -98,11 +153,14 @@ class StudentBackend:
     def __init__(self, engine: Engine, tokenizer: Any, model_id: str, label: str = "agentkd") -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.model_id, self.label = model_id, label
+        self.room = RoomCheck(engine, tokenizer)
 
     def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
         """See :class:`ChatBackend`."""
         from agentkd.engine.render import render_prompt
 
+        refuse_options(request)
+        self.room.check(message.content for message in request.messages)
         try:
             prompt = render_prompt(
                 self.tokenizer,
@@ -201,6 +259,7 @@ class ExpertBackend:
 
     def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
         """See :class:`ChatBackend`."""
+        refuse_options(request)
         messages = request.plain_messages()
         texts = self.expert.complete(
             messages,
@@ -271,4 +330,8 @@ def status_of(exc: Exception) -> RequestError:
         return RequestError(str(exc), param="messages")
     if isinstance(exc, ProviderError):
         return RequestError(str(exc), status=503, code="unavailable")
+    if isinstance(exc, SandboxError):
+        return RequestError(str(exc), status=503, code="sandbox_error")
+    if isinstance(exc, RetrievalError):
+        return RequestError(str(exc), status=503, code="retrieval_error")
     return RequestError(f"{type(exc).__name__}: {exc}", status=500, code="internal_error")

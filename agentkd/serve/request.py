@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from agentkd.trajectory import valid_text
 
-__all__ = ["ChatRequest", "RequestError", "parse_request"]
+__all__ = ["AgentOptions", "ChatRequest", "RequestError", "parse_request"]
 
 MAX_CHOICES = 128
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -89,6 +89,29 @@ class _StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class AgentOptions(BaseModel):
+    """The ``agentkd`` object of a request: how an agent model works on it. Frozen; None: its settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_steps: int | None = Field(default=None, ge=1, le=100)
+    """Actions, at most."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds for the whole answer; the server's own limit holds beside it."""
+    actions: int | None = Field(default=None, ge=1, le=64)
+    """Actions sampled at each step, at most; 1 takes the one the model gives."""
+    router: str | None = None
+    """Whether tools are used, as :func:`agentkd.router.parse_router` reads it; "none" for no router."""
+    seed: int | None = None
+    """As ``seed`` of the request, which it overrides."""
+    return_trajectory: bool = False
+    """Adds the record of the rollout to the response."""
+    answer: str | None = None
+    """The right answer, where it is known: it is never shown to the agent, and the record is scored."""
+    scorer: str = "exact"
+    """How, see :mod:`agentkd.scorer`."""
+
+
 class ChatRequest(BaseModel):
     """A valid request. Frozen; unknown fields that change nothing ("user", "metadata") are dropped."""
 
@@ -113,6 +136,8 @@ class ChatRequest(BaseModel):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     """Go on with the last message, an assistant's, instead of answering it."""
+    agentkd: AgentOptions | None = None
+    """For agent models only."""
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import uvicorn
 
@@ -15,7 +15,10 @@ from agentkd.errors import ConfigError, ProviderError
 from agentkd.serve.app import create_app
 from agentkd.serve.backend import ChatBackend, student_backend
 
-__all__ = ["Server", "serve_app", "serve_forever", "serve_student"]
+if TYPE_CHECKING:
+    from agentkd.serve.students import ServeConfig
+
+__all__ = ["Server", "serve_app", "serve_forever", "serve_student", "serve_students"]
 
 _GRACE = 2
 """Seconds that running requests get when the server stops."""
@@ -125,6 +128,21 @@ def serve_student(path: Path | str, *, host: str = "127.0.0.1", port: int = 8000
         serve_forever([backend], host=host, port=port)
     finally:
         backend.close()
+
+
+def serve_students(
+    folders: Sequence[Path | str],
+    config: ServeConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Serve students and their agents until stopped; see :func:`agentkd.serve.open_students`."""
+    from agentkd.serve.students import open_students
+
+    with open_students(folders, config, say) as backends:
+        serve_forever(backends, host=host, port=port)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -299,7 +299,7 @@ def test_a_server_without_n_is_asked_several_times(fault: str) -> None:
         assert len(record.steps[0].candidates) == 3
         asked = len(endpoint.requests)
         rollout(agent, TASK)
-    assert asked == (3 if fault == "ignores n" else 4)
+    assert asked == (3 if fault == "ignores n" else 5)  # without log-probabilities first, then without n
     assert len(endpoint.requests) == asked + 3  # it is not asked for several a second time
 
 

@@ -1,0 +1,307 @@
+"""vLLM as an engine: a child process that is asked with token ids.
+
+The conversation is rendered here, by the function that training uses, and vLLM gets the ids; so a
+prompt cannot differ from the trained one, and everything above an :class:`agentkd.engine.Engine`
+(bare student, agent, sampler) is the same as over the embedded engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from agentkd.engine import Completion, Engine
+from agentkd.engine.student import Student
+from agentkd.errors import ConfigError, ContextOverflowError, ProviderError
+from agentkd.record import read_json
+from agentkd.serve.child import Child
+
+__all__ = ["RANKS", "VLLMEngine", "start_vllm", "vllm_command"]
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The LoRA ranks that vLLM can be started with."""
+_PATIENCE = 120.0
+"""Seconds without a single token after which a request is given up."""
+_CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+
+
+class VLLMEngine:
+    """One model of a vLLM server. See :class:`agentkd.engine.Engine`.
+
+    Args:
+        child: the server.
+        model: the name it serves the student by.
+    """
+
+    def __init__(self, child: Child, model: str) -> None:
+        self.child, self.model = child, model
+        self._client = httpx.Client(
+            trust_env=False,
+            timeout=httpx.Timeout(_PATIENCE, connect=5.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        )
+        self.context = self._context()
+
+    def _context(self) -> int:
+        listed = self._client.get(self.child.require() + "/v1/models").json()["data"]
+        found = [it.get("max_model_len") for it in listed if it["id"] == self.model]
+        if not found:
+            raise ConfigError(
+                f"vLLM does not serve {self.model}.", "Is --served-model-name among its options?"
+            )
+        longest = next((it["max_model_len"] for it in listed if it.get("max_model_len")), None)
+        return int(found[0] or longest or 2**31)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """See :meth:`agentkd.engine.Engine.generate`.
+
+        Raises:
+            ProviderError: the server is down, or answered with an error.
+        """
+        if len(prompt_ids) >= self.context:
+            raise ContextOverflowError(
+                f"The prompt has {len(prompt_ids)} tokens; the model's context holds {self.context}.",
+                "Shorten the conversation.",
+            )
+        several = 1 if temperature == 0 else n  # vLLM refuses equal greedy answers
+        body = {
+            "model": self.model,
+            "prompt": [int(token) for token in prompt_ids],
+            "n": several,
+            "max_tokens": min(max_new_tokens, self.context - len(prompt_ids)),
+            "temperature": temperature,
+            "top_p": top_p or 1e-6,  # vLLM refuses 0, by which the likeliest token is meant
+            "seed": None if seed is None else seed % 2**63,
+            "stop": list(stop),
+            "logprobs": 1,
+            "return_token_ids": True,
+            "stream": True,
+        }
+        answers = [_Answer() for _ in range(several)]
+        with closing(self._stream(body)) as chunks:
+            for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+                index = choice["index"]
+                for token in answers[index].add(choice):
+                    for twin in range(n) if several < n else (index,):
+                        if on_token is not None:
+                            on_token(twin, token)
+        done = [answer.completion() for answer in answers]
+        return done if several == n else done * n
+
+    def _stream(self, body: dict[str, Any]) -> Generator[dict[str, Any]]:
+        """The events of one request; leaving it early hangs up, and vLLM drops the request."""
+        url = self.child.require() + "/v1/completions"
+        try:
+            with self._client.stream("POST", url, json=body) as answer:
+                if answer.status_code != 200:
+                    answer.read()
+                    raise _refusal(answer)
+                for line in answer.iter_lines():
+                    if not line.startswith("data: "):
+                        continue
+                    if line == "data: [DONE]":
+                        return
+                    chunk = json.loads(line.removeprefix("data: "))
+                    if "error" in chunk:
+                        raise ProviderError(f"vLLM failed: {_words(chunk)}")
+                    yield chunk
+        except (httpx.HTTPError, ValueError) as exc:
+            raise ProviderError(
+                f"{self.child.name} broke off ({type(exc).__name__}).", "Try again in some seconds."
+            ) from exc
+        raise ProviderError(f"{self.child.name} broke off.", "Try again in some seconds.")
+
+    def close(self) -> None:
+        """Close the connections; the server belongs to who started it."""
+        self._client.close()
+
+
+class _Answer:
+    """One continuation as it comes."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.text = ""
+        self.reason: str | None = None
+
+    def add(self, choice: dict[str, Any]) -> list[int]:
+        """Take a piece; returns its tokens."""
+        fresh = [int(token) for token in choice.get("token_ids") or ()]
+        self.ids += fresh
+        self.logprobs += [float(it) for it in (choice.get("logprobs") or {}).get("token_logprobs") or ()]
+        self.text += choice["text"]
+        self.reason = choice.get("finish_reason") or self.reason
+        return fresh
+
+    def completion(self) -> Completion:
+        """The whole of it.
+
+        Raises:
+            ProviderError: it has no end, or no token ids.
+        """
+        if self.reason not in ("stop", "length"):
+            raise ProviderError(f"vLLM ended a request by {self.reason!r}.")
+        if not self.ids:
+            raise ProviderError("vLLM returned no token ids.", "vLLM 0.10.2 or later does.")
+        reason: Any = self.reason
+        return Completion(tuple(self.ids), self.text, tuple(self.logprobs), reason)
+
+
+def _words(body: dict[str, Any]) -> str:
+    error = body.get("error", body)
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
+
+
+def _refusal(answer: httpx.Response) -> ProviderError:
+    try:
+        words = _words(answer.json())
+    except (ValueError, AttributeError):
+        words = answer.text[:300]
+    if answer.status_code == 400 and "context length" in words:
+        return ContextOverflowError("The conversation no longer fits the model's context.")
+    return ProviderError(f"vLLM answered with status {answer.status_code}: {words}")
+
+
+def vllm_command(
+    python: str, model: Path, tokenizer: Path, students: Sequence[Student], *, gpu: bool, port: int
+) -> list[str]:
+    """The command line of vLLM's server, without what the user adds.
+
+    Args:
+        python: the interpreter.
+        model: folder of the base model, or of merged weights.
+        tokenizer: folder of the tokenizer.
+        students: GPU: served as adapters of the base; CPU: the one whose merged weights those are.
+        gpu: whether there is one.
+        port: on loopback.
+
+    Raises:
+        ConfigError: an adapter's rank is beyond vLLM's limit.
+    """
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--tokenizer", str(tokenizer), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enable-prefix-caching"]
+    if not gpu:
+        return [*command, "--served-model-name", *(_name(student) for student in students)]
+    ranks = [_rank(student) for student in students]
+    modules = [f"{_name(student)}={student.adapter.resolve()}" for student in students]
+    command += ["--served-model-name", "agentkd-base", "--enable-lora", "--lora-modules", *modules]
+    return [*command, "--max-loras", str(len(students)), "--max-lora-rank", str(max(ranks))]
+
+
+def _name(student: Student) -> str:
+    return student.path.resolve().name
+
+
+def _rank(student: Student) -> int:
+    """The limit that vLLM must be started with for this adapter."""
+    rank = int(read_json(student.adapter / "adapter_config.json")["r"])
+    limit = next((limit for limit in RANKS if limit >= rank), None)
+    if limit is None:
+        raise ConfigError(
+            f"The adapter of {_name(student)} has rank {rank}; vLLM takes {RANKS[-1]} at most.",
+            "Serve it by --engine embedded, or distil with a lower rank.",
+        )
+    return limit
+
+
+def start_vllm(
+    students: Sequence[Student],
+    *,
+    python: str,
+    gpu: bool,
+    arguments: Sequence[str],
+    seconds: float,
+    stack: ExitStack,
+) -> list[Engine]:
+    """Start what serves the students: one server with adapters on a GPU, one each on a CPU.
+
+    On a CPU a LoRA makes the first token of a long prompt an order of magnitude slower, so there the
+    adapter is merged into the base model, in a folder that is removed at the end.
+
+    Args:
+        students: checked already.
+        python: the interpreter that has vllm.
+        gpu: whether there is one.
+        arguments: passed on as they are.
+        seconds: what a start may take.
+        stack: ends what was started.
+
+    Raises:
+        ConfigError: students over several bases on a GPU, or a rank that is too high.
+        ProviderError: a server did not start.
+    """
+    from agentkd.engine.weights import resolve_model
+
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentkd-vllm-")))
+    if gpu and len({student.base_hash for student in students}) > 1:
+        raise ConfigError(
+            "The students are of several base models.", "Start one agentkd serve for each base on a GPU."
+        )
+    groups = [list(students)] if gpu else [[student] for student in students]
+    engines: list[Engine] = []
+    for number, group in enumerate(groups):
+        model = resolve_model(group[0].base) if gpu else _merged(group[0], scratch / f"merged-{number}")
+        descriptor, log = tempfile.mkstemp(prefix="agentkd-vllm-", suffix=".log")
+        os.close(descriptor)
+        child = _child(group, model, Path(log), python, gpu, arguments, seconds)
+        stack.callback(child.stop)
+        child.start()
+        stack.callback(Path(log).unlink, missing_ok=True)  # it stays where the start failed
+        for student in group:
+            engine = VLLMEngine(child, _name(student))
+            stack.callback(engine.close)
+            engines.append(engine)
+    return engines
+
+
+def _child(
+    students: Sequence[Student],
+    model: Path,
+    log: Path,
+    python: str,
+    gpu: bool,
+    arguments: Sequence[str],
+    seconds: float,
+) -> Child:
+    def command(port: int) -> list[str]:
+        tokenizer = students[0].path.resolve()
+        return [*vllm_command(python, model, tokenizer, students, gpu=gpu, port=port), *arguments]
+
+    command(0)  # raises what is wrong before anything is started
+    environment = dict(os.environ)
+    if not gpu:
+        environment.setdefault(_CPU_CACHE, "2")  # GiB; the default takes a large share of the memory
+    return Child(command, log, environment=environment, seconds=seconds, name="vLLM")
+
+
+def _merged(student: Student, folder: Path) -> Path:
+    """The base model with the adapter in it, as a model folder."""
+    import torch
+
+    from agentkd.engine.torch_engine import merge_adapter
+    from agentkd.engine.weights import load_model, load_tokenizer, resolve_model
+
+    model = merge_adapter(load_model(resolve_model(student.base), torch.float32), student.adapter)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(student.path).save_pretrained(folder)
+    return folder
