@@ -25,8 +25,9 @@ from agentkd.model import provider_error
 from agentkd.router import Decision, Router, RouterConfig, tool_probability
 from agentkd.sampler import Sampled, Sampler, run_action
 from agentkd.sandbox import Outcome, Sandbox, open_sandbox
+from agentkd.telemetry import choice_span
 from agentkd.tool_use import is_direct
-from agentkd.trajectory import Failure, FirstThought, Mode, Route, Step
+from agentkd.trajectory import Candidate, Failure, FirstThought, Mode, Route, Step
 
 __all__ = ["RolloutCancelled", "RolloutTimeout", "StepAgent", "build_agent"]
 
@@ -140,7 +141,9 @@ class StepAgent(CodeAgent):
             raise RolloutTimeout
         draw, decision = self._draw(), None
         if not self.records and self.router is not None:
-            draw, decision = self._decide(self.router)
+            with choice_span("routing") as chosen:
+                draw, decision = self._decide(self.router)
+                chosen({"mode": decision.mode, "direct": decision.direct, "p_tool": decision.p_tool})
         memory_step.model_input_messages = draw.messages
         if self.kind == "cot":
             yield self._answer(memory_step, draw)
@@ -226,7 +229,9 @@ class StepAgent(CodeAgent):
         if decision is not None and opening is not None and (decision.direct or self.sampler is None):
             draft, parsed = decision.drafts[opening], decision.parsed[opening]
         elif self.sampler is not None:
-            sampled = self.sampler.act(draw, self._parse, self.sandbox)
+            with choice_span("action sampling") as chosen:
+                sampled = self.sampler.act(draw, self._parse, self.sandbox)
+                chosen({"candidates": [_vote(candidate) for candidate in sampled.candidates]})
             draft, parsed = sampled.draft, sampled.parsed
         else:
             draft = draw.scored() if decision is not None else draw.one()
@@ -306,6 +311,11 @@ class StepAgent(CodeAgent):
             return self.model.generate(messages)
         except Exception as exc:
             raise provider_error(exc) from exc
+
+
+def _vote(candidate: Candidate) -> dict[str, Any]:
+    """A candidate in a span."""
+    return candidate.model_dump(mode="json", include={"code", "outcome", "votes", "chosen"})
 
 
 def _message(role: str, text: str) -> ChatMessage:

@@ -3,7 +3,7 @@
 Nothing is imported and nothing is sent unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or the one for traces)
 is set or the program has set a tracer provider of its own, and the extra ``telemetry`` is installed.
 Runs and tool calls are traced by the official instrumentor of smolagents. It does not see model
-classes of others, so the spans of model calls are ours.
+classes of others, and knows no choice among actions, so the spans of these two are ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from agentkd.trajectory import Usage
 
-__all__ = ["model_span", "start_telemetry"]
+__all__ = ["choice_span", "model_span", "start_telemetry"]
 
 _SDK = "opentelemetry.sdk.trace"
 
@@ -83,3 +83,29 @@ def model_span(model: str, messages: list[Any]) -> Iterator[Callable[[str, Usage
             )
 
         yield answered
+
+
+@contextmanager
+def choice_span(name: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """The span of a choice that takes several model calls; yields a function that notes what was chosen.
+
+    Args:
+        name: of the span: "action sampling" or "routing".
+    """
+    if _SDK not in sys.modules:
+        yield lambda facts: None
+        return
+    from opentelemetry import trace
+
+    with trace.get_tracer("agentkd").start_as_current_span(name) as span:
+        span.set_attribute("openinference.span.kind", "CHAIN")
+
+        def chosen(facts: dict[str, Any]) -> None:
+            span.set_attributes(
+                {
+                    "output.value": json.dumps(facts, ensure_ascii=False, default=str),
+                    "output.mime_type": "application/json",
+                }
+            )
+
+        yield chosen
