@@ -366,7 +366,8 @@ def report(options: argparse.Namespace) -> None:
     for _ in range(rounds):
         for system, workers, latency in plan:
             # Whole waves: a last one that is not full would be the benchmark's loss, not the collector's.
-            waves = 10 if options.quick or latency > 1 or system == "plain" else 32
+            many = workers > 64 or latency > 1 or system == "plain"
+            waves = 10 if options.quick or many else 32
             n = waves * workers
             result = measure(system, n, workers, latency, options)
             cells.setdefault((system, workers, latency), []).append(result)
