@@ -18,11 +18,15 @@ from agentkd.trajectory import Step, Trajectory
 __all__ = [
     "COT_STUDENT",
     "COT_TEACHER",
+    "DIRECT",
     "FENCE_CLOSE",
     "FENCE_OPEN",
     "FIRST_THOUGHT",
     "STUDENT",
     "TEACHER",
+    "TOOLS_ALLOWED",
+    "TOOLS_REQUIRED",
+    "TOOL_PROMPTS",
     "action_text",
     "answer_from_cot",
     "chat_messages",
@@ -43,6 +47,25 @@ STUDENT = """\
 Solve the task step by step. At each step write "Thought:" and then one ```python block. \
 What the code prints comes back as the observation. Call final_answer(value) when you know the answer.
 Tools: {tools}"""
+
+TOOLS_ALLOWED = STUDENT
+"""P_i of tool-usage adaptation: tools are there, and a direct answer is allowed. It is the prompt that
+every student has anyway, so an adapted student is asked as any other."""
+
+DIRECT = """\
+Answer from what you know, without tools. Write "Thought:" and then one ```python block \
+with nothing but final_answer(value)."""
+"""P_n: no tools, answer directly."""
+
+TOOLS_REQUIRED = """\
+Solve the task step by step, and use tools or code: never answer from memory. At each step write \
+"Thought:" and then one ```python block. What the code prints comes back as the observation. \
+Call final_answer(value) when you have worked out the answer.
+Tools: {tools}"""
+"""P_f: tools must be used."""
+
+TOOL_PROMPTS = {"direct": DIRECT, "allowed": TOOLS_ALLOWED, "required": TOOLS_REQUIRED}
+"""P_n, P_i and P_f of tool-usage adaptation (arXiv 2411.00412) by name."""
 
 TEACHER = """\
 You are an expert who solves tasks with Python code and tools, one step at a time.
@@ -91,7 +114,7 @@ def system_prompt(template: str, tools: Iterable[Any] = (), imports: Sequence[st
         tools: smolagents tools (``name``, ``inputs``, ``output_type``, ``description``).
         imports: module names that the code may import.
     """
-    short = template == STUDENT
+    short = template in TOOL_PROMPTS.values()
     described = [_describe(tool, short) for tool in tools if tool.name != "final_answer"]
     listing = ", ".join(described) if short else "\n".join(f"- {line}" for line in described)
     return template.replace("{tools}", listing or "none").replace(
