@@ -33,6 +33,7 @@ __all__ = [
     "first_thought_request",
     "first_thought_text",
     "joined",
+    "learnt_prompt",
     "observation_text",
     "system_prompt",
     "trajectory_messages",
@@ -192,6 +193,19 @@ def trajectory_messages(
     chosen = trajectory.steps if steps is None else steps
     turns = [(step.output, step.observation) for step in chosen]
     return chat_messages(system or trajectory.system_prompt, trajectory.task.question, turns)
+
+
+def learnt_prompt(trajectory: Trajectory, student: str) -> str:
+    """The system prompt under which a trajectory is learnt.
+
+    It is the student's own, but for those that teach how to act under another one: their label
+    ``prompt`` is "direct" or "required", and the text is the recorded one.
+
+    Args:
+        trajectory: the record.
+        student: the prompt that the student is served with.
+    """
+    return trajectory.system_prompt if trajectory.labels.get("prompt") in ("direct", "required") else student
 
 
 def answer_from_cot(text: str) -> str | None:

@@ -38,7 +38,7 @@ def check_tool_kind(what: str) -> None:
         )
 
 
-def is_direct(action: str | None | Trajectory) -> bool:
+def is_direct(action: str | Trajectory | None) -> bool:
     """True for a lone ``final_answer(<literal>)``.
 
     Args:
@@ -85,7 +85,7 @@ def used_tool(trajectory: Trajectory, what: ToolKind = "both") -> bool:
 
 
 def _computes(step: Step) -> bool:
-    """True when code ran that does more than to print, to answer, and to hand values to tools and from them."""
+    """True when code ran that does more than to print, to answer, and to hand values to and from tools."""
     calls = {FINAL_ANSWER, "print", *(use.name for use in step.tool_uses)}
     return not all(_hands_on(statement, calls) for statement in _body(step.code))
 

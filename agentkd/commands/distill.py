@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
         epilog="Examples:\n\n`agentkd distill runs/maths/kept/kept.jsonl --out student`\n\n"
         "`agentkd distill kept.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --epochs 2 --lr 2e-4 --rank 64 "
         "--out student`\n\n"
+        "`agentkd distill adapt/mix.jsonl --from student --out adapted`\n\n"
         "`agentkd distill kept.jsonl --show-mask 2` (which tokens would be learnt; trains nothing)\n\n"
         "`agentkd distill --check student` (is what is served what was trained?)",
     )(distill)
@@ -34,13 +35,19 @@ def distill(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it goes on.")
     ] = None,
-    base: Annotated[str, typer.Option(help='"smollm2-135m", a Hub id, or a local folder.')] = "smollm2-135m",
-    kind: Annotated[str, typer.Option(help='"agent" or "cot".')] = "agent",
+    parent: Annotated[
+        Path | None,
+        typer.Option("--from", help="Go on from this student's adapter: its base, kind and rank are taken."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help='"smollm2-135m" (the default), a Hub id, or a local folder.')
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help='"agent" (the default) or "cot".')] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; overrides --epochs.")] = None,
     epochs: Annotated[float, typer.Option(min=0.01)] = 2.0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-3,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 16,
+    rank: Annotated[int | None, typer.Option(min=1, help="LoRA rank; 16 by default.")] = None,
     max_length: Annotated[int, typer.Option(min=8, help="Longest example in tokens.")] = 1024,
     overlong: Annotated[
         str, typer.Option(help='Longer examples: "drop", or "cut" behind a whole step.')
@@ -90,14 +97,11 @@ def distill(
     from agentkd.distill import DistillConfig
 
     settings: dict[str, Any] = {
-        "base": base,
-        "kind": kind,
+        **_student(parent, base, kind, rank),
         "steps": steps,
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": lr,
-        "lora_r": rank,
-        "lora_alpha": 2 * rank,
         "max_length": max_length,
         "overlong": overlong,
         "rendering": rendering,
@@ -132,6 +136,17 @@ def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) 
         return
     print(f"Student in {out}")
     print(f"Next: agentkd serve {out}")
+
+
+def _student(parent: Path | None, base: str | None, kind: str | None, rank: int | None) -> dict[str, Any]:
+    """What is trained; a parent says what was not said."""
+    given = {"base": base, "kind": kind, "lora_r": rank, "lora_alpha": None if rank is None else 2 * rank}
+    said = {name: value for name, value in given.items() if value is not None}
+    if parent is None:
+        return said
+    from agentkd.distill.inherit import adapter_settings
+
+    return {**adapter_settings(parent), **said, "parent": str(parent)}
 
 
 def _check(student: Path, api_base: str | None, model: str | None, as_json: bool) -> None:

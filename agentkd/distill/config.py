@@ -11,7 +11,7 @@ from agentkd.distill.spans import SpanWeights
 
 __all__ = ["DistillConfig"]
 
-_NOT_IN_THE_RESULT = {"threads", "save_every", "micro_tokens", "replays"}
+_NOT_IN_THE_RESULT = {"threads", "save_every", "micro_tokens", "replays", "parent"}
 
 
 class DistillConfig(BaseModel):
@@ -23,6 +23,9 @@ class DistillConfig(BaseModel):
     """Base model: "smollm2-135m", a Hub id, or a local folder."""
     kind: Literal["agent", "cot"] = "agent"
     """Which trajectories are learnt: code agent, or plain chain of thought."""
+    parent: str | None = None
+    """Student folder whose adapter the training begins with, of the same base model and rank; None begins
+    anew."""
     steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; None derives them from ``epochs``."""
     epochs: float = Field(default=2.0, gt=0)
@@ -88,7 +91,7 @@ class DistillConfig(BaseModel):
         """Hash of all that decides the result.
 
         Args:
-            data: hash of the trajectories.
+            data: hash of the trajectories, and of the adapter that the training begins with.
         """
         chosen = self.model_dump_json(exclude=_NOT_IN_THE_RESULT)
         return hashlib.sha256(f"{chosen}\n{data}".encode()).hexdigest()

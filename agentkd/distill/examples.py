@@ -20,7 +20,7 @@ from agentkd.distill.config import DistillConfig
 from agentkd.distill.spans import SpanWeights, turn_weights
 from agentkd.engine.render import Rendered, render_steps, render_training
 from agentkd.errors import DataError
-from agentkd.prompt import COT_STUDENT, STUDENT, system_prompt, trajectory_messages
+from agentkd.prompt import COT_STUDENT, STUDENT, learnt_prompt, system_prompt, trajectory_messages
 from agentkd.trajectory import Trajectory
 
 __all__ = ["Example", "ExampleSet", "build_examples"]
@@ -136,7 +136,7 @@ def _examples(trajectory: Trajectory, prompt: str, tokenizer: Any, config: Disti
         return []
     # What comes after the last learnt turn teaches nothing.
     end = max(place for place, target in enumerate(targets) if target) + 1
-    messages = trajectory_messages(trajectory, prompt, trajectory.steps[:end])
+    messages = trajectory_messages(trajectory, learnt_prompt(trajectory, prompt), trajectory.steps[:end])
     if messages[-1]["role"] != "assistant":
         messages.pop()
     if config.rendering == "step":

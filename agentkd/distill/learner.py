@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from agentkd.distill.batches import Pack, pack_batch, single_packs
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
+from agentkd.distill.inherit import take_over
 from agentkd.distill.kernels import merged_linear, packed_attention, rms_norm, swiglu, target_loss
 from agentkd.engine.weights import load_model
 from agentkd.errors import TrainingError, boundary
@@ -54,6 +55,7 @@ class Learner:
         config: the settings.
 
     Raises:
+        ConfigError: the parent's adapter is another one than the settings describe.
         TrainingError: adapters cannot be added to this model.
     """
 
@@ -77,6 +79,8 @@ class Learner:
             # peft still asks transformers by names that are on their way out.
             warnings.simplefilter("ignore", FutureWarning)
             self.peft = get_peft_model(model, lora)
+        if config.parent is not None:
+            take_over(self.peft, Path(config.parent) / "adapter")
         self.peft.peft_config["default"].base_model_name_or_path = config.base
         self.model: Any = model
         self.peft.train()

@@ -16,7 +16,7 @@ from typing import Any
 from agentkd.distill.examples import Example
 from agentkd.engine.render import render_prompt
 from agentkd.errors import TrainingError
-from agentkd.prompt import trajectory_messages
+from agentkd.prompt import learnt_prompt, trajectory_messages
 from agentkd.trajectory import Step, Trajectory
 
 __all__ = ["Fault", "Finding", "compare_prompts", "find_faults", "refuse_faults"]
@@ -165,7 +165,7 @@ class _Checker:
         stops: frozenset[int],
     ) -> None:
         self.example, self.trajectory, self.tokenizer, self.stops = example, trajectory, tokenizer, stops
-        self.messages = trajectory_messages(trajectory, system_prompt)
+        self.messages = trajectory_messages(trajectory, learnt_prompt(trajectory, system_prompt))
         self.emitted = [False] * len(example.ids)
         self.stop_places: set[int] = set()
         self.skipped: set[int] = set()

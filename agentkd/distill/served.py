@@ -18,7 +18,7 @@ from agentkd.distill.examples import Example
 from agentkd.distill.parity import Fault, Finding, compare_prompts
 from agentkd.engine.render import render_prompt
 from agentkd.errors import ConfigError, ProviderError, TrainingError
-from agentkd.prompt import trajectory_messages
+from agentkd.prompt import learnt_prompt, trajectory_messages
 from agentkd.record import read_json, write_json
 from agentkd.trajectory import Trajectory
 
@@ -65,7 +65,8 @@ class Replay(_Record):
     where: str
     """Trajectory and step."""
     messages: tuple[dict[str, str], ...]
-    """Those behind the system prompt: the server's side supplies that one from ``student.json``."""
+    """Those behind the system prompt, which ``student.json`` supplies; a step that is learnt under another
+    prompt begins with that one."""
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
     """With the token that ends the turn."""
@@ -103,7 +104,8 @@ def make_replays(
     replays: list[Replay] = []
     for example in sorted(examples, key=lambda it: (len(it.ids), it.id))[:count]:
         name = example.id if example.id in trajectories else example.id.rpartition("/")[0]
-        messages = trajectory_messages(trajectories[name], system_prompt)
+        prompt = learnt_prompt(trajectories[name], system_prompt)
+        messages = trajectory_messages(trajectories[name], prompt)
         for number in range(len(trajectories[name].steps)):
             before = messages[: 2 + 2 * number]
             begin = len(render_prompt(tokenizer, before))
@@ -116,7 +118,7 @@ def make_replays(
             replays.append(
                 Replay(
                     where=f"{name}, step {number + 1}",
-                    messages=tuple(before[1:]),
+                    messages=tuple(before[prompt == system_prompt :]),
                     prompt_ids=tuple(example.ids[:begin]),
                     target_ids=tuple(example.ids[begin:end]),
                 )
@@ -140,7 +142,9 @@ def check_served(
     equal = stopped = reproduced = canonical = sampled = 0
     other: list[tuple[int, ...]] = []
     for replay in replays:
-        messages = [{"role": "system", "content": system_prompt}, *replay.messages]
+        messages = list(replay.messages)
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system_prompt})
         limit = len(replay.target_ids) + _ROOM
         greedy = ask(messages, limit, 0.0)
         why = compare_prompts(replay.prompt_ids, greedy.prompt_ids, messages, tokenizer)

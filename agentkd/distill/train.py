@@ -15,13 +15,14 @@ from typing import Any
 
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import ExampleSet, build_examples
+from agentkd.distill.inherit import check_parent, data_hash
 from agentkd.distill.parity import find_faults, refuse_faults
 from agentkd.distill.served import Replay, ServedParity, check_served, engine, make_replays, write_parity
 from agentkd.engine.student import Student, is_student, load_student
 from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model, stop_ids
 from agentkd.errors import ConfigError, DataError, TrainingError, boundary
 from agentkd.prompt import FENCE_CLOSE, FENCE_OPEN
-from agentkd.record import file_hash, read_json, read_trajectories, write_json, write_manifest
+from agentkd.record import read_json, read_trajectories, write_json, write_manifest
 
 __all__ = ["Progress", "distill"]
 
@@ -44,17 +45,19 @@ def distill(
 
     Raises:
         DataError: nothing to learn from.
-        ConfigError: the base model will not do, or ``out`` holds other work.
+        ConfigError: the base model or the parent will not do, or ``out`` holds other work.
         TrainingError: the chat template will not do, or the loss is no longer a number.
     """
     config = config or DistillConfig()
     if not trajectories.is_file():
         raise DataError(f"There is no file {trajectories}.", "Check the path, or run: agentkd filter.")
-    fingerprint = config.fingerprint(file_hash(trajectories))
+    fingerprint = config.fingerprint(data_hash(trajectories, config.parent))
     with _only_one(out):
         if is_student(out):
             return _finished(out, fingerprint)
         base = resolve_model(config.base)
+        identity = {"fingerprint": fingerprint, "base": model_hash(base)}
+        parent = check_parent(config, identity["base"])
         tokenizer = load_tokenizer(base)
         items = {item.id: item for item in read_trajectories(trajectories)}
         examples = build_examples(list(items.values()), tokenizer, config)
@@ -70,11 +73,13 @@ def distill(
                 failed_steps=config.failed_steps,
             )
         )
-        identity = {"fingerprint": fingerprint, "base": model_hash(base), "examples": examples.digest()}
+        identity["examples"] = examples.digest()
         with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
             from agentkd.distill.loop import run_training
         with boundary(TrainingError, f"training {out}", "Lower micro_tokens if memory ran out."):
             summary = run_training(base, examples.examples, config, out, identity, on_progress)
+        if parent is not None:
+            summary["parent"] = parent
         replays = make_replays(examples.examples, items, examples.system_prompt, tokenizer, config.replays)
         _close(out, trajectories, tokenizer, config, examples, identity, summary, replays)
     return load_student(out)
