@@ -152,8 +152,8 @@ def respondent(student: Path) -> Respondent:
     """A student to be asked what it knows."""
 
     @contextmanager
-    def source() -> Iterator[tuple[AgentConfig, Any]]:
-        with open_system(str(student)) as system:
+    def source(config: AdaptConfig) -> Iterator[tuple[AgentConfig, Any]]:
+        with open_system(str(student), max_tokens=config.max_tokens) as system:
             yield system
 
     return Respondent({"student": student.name}, source)
@@ -212,7 +212,7 @@ def tokens(runs: Sequence[Trajectory]) -> float:
 
 
 def interval(usage: ToolUsage) -> tuple[float, float]:
-    """95% interval of the mean of two independent shares, of their Wilson intervals (MOVER, Newcombe 1998)."""
+    """95% interval of the mean of two independent shares, from their Wilson intervals (Newcombe 1998)."""
     assert usage.on_easy is not None and usage.on_hard is not None and usage.accuracy is not None
     easy = wilson(usage.easy_without, usage.easy_without + usage.easy_with)
     hard = wilson(usage.hard_with, usage.hard_with + usage.hard_without)

@@ -61,9 +61,9 @@ class Respondent(NamedTuple):
 
     identity: dict[str, str]
     """What it is, for the record; a partition goes on with the same student only."""
-    open: Callable[[], AbstractContextManager[tuple[AgentConfig, Any]]]
-    """Opens its settings and its model (None: the endpoint in the settings). It is not opened when nothing is
-    left to ask."""
+    open: Callable[[AdaptConfig], AbstractContextManager[tuple[AgentConfig, Any]]]
+    """Opens its settings and its model, which samples at the temperature and to the length of the given
+    settings (None: the endpoint in the student's settings). It is not opened when nothing is left to ask."""
 
 
 def partition(
@@ -95,7 +95,7 @@ def partition(
     wanted = [f"{task.id}#{sample}" for task in tasks for sample in range(config.samples)]
     answers = [known[name] for name in wanted if name in known]
     if len(answers) < len(wanted):
-        with student.open() as (agent, model):
+        with student.open(config) as (agent, model):
             settings = agent.model_copy(
                 update={
                     "prompt": DIRECT,

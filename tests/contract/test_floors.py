@@ -21,7 +21,9 @@ FLOORS = {
     **dict.fromkeys(["tool_use"], 2),
     **dict.fromkeys(["recorder", "recorded", "rollouts", "crew", "processes"], 2),
     **dict.fromkeys(["first_thought", "expert", "system"], 2),
-    **dict.fromkeys(["collect", "filter", "adapt", "distill", "serve", "evaluate", "report", "exchange", "merge"], 3),
+    **dict.fromkeys(
+        ["collect", "filter", "adapt", "distill", "serve", "evaluate", "report", "exchange", "merge"], 3
+    ),
     **dict.fromkeys(["recipe", "pipeline", "display", "doctor", "first_thought_report", "cluster"], 4),
     **dict.fromkeys(["assess", "recipe_report"], 4),
     **dict.fromkeys(["cli", "commands"], 5),
