@@ -182,8 +182,6 @@ def test_what_counts_as_a_tool_decides_what_is_known(tmp_path: Path) -> None:
     code = "final_answer(3 * 4)"
     text = action_text("I multiply.", code)
     step = Step(number=1, actor="t", raw=text, output=text, code=code, is_final=True)
-        number=1, actor="t", raw="", output=action_text("I multiply.", code), code=code, is_final=True
-    )
     sums = trace("x", "12").model_copy(update={"steps": (step,)})
     write_jsonl(tmp_path / "kept.jsonl", [sums])
     searching, both = AdaptConfig(tools="search"), AdaptConfig(tools="both")
