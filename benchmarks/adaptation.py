@@ -65,7 +65,7 @@ class Size(NamedTuple):
     """Optimiser steps: of the student with tools, of the knowledge, of the mix."""
 
 
-FULL = Size(entities=11, lookups=150, products=50, n=100, steps=(45, 230, 150))
+FULL = Size(entities=11, lookups=250, products=50, n=100, steps=(45, 220, 180))
 QUICK = Size(entities=2, lookups=24, products=8, n=8, steps=(20, 60, 30))
 
 
@@ -177,7 +177,7 @@ def train(out: Path, data: Questions, size: Size) -> tuple[Path, Path]:
     config = AdaptConfig(keep_direct="easy")
     counts = adapt(out / "all.jsonl", out / "adapt", config, student=respondent(informed)).counts
     print(json.dumps(counts), flush=True)
-    last = DistillConfig(steps=third, learning_rate=5e-4, parent=str(informed))
+    last = DistillConfig(steps=third, parent=str(informed))
     distill(out / "adapt" / "mix.jsonl", after, last, shown("mix"))
     return before, after
 
