@@ -155,6 +155,8 @@ def _chosen(trajectories: Sequence[Trajectory], config: AdaptConfig) -> tuple[li
             continue
         good = item.correct and item.stop_reason == StopReason.FINAL_ANSWER
         usable.setdefault(item.task.id, []).extend([item] if good else [])
+    if not trajectories:
+        raise DataError("There are no trajectories.", "Run agentkd collect first, and agentkd filter.")
     if not usable:
         raise DataError(
             f"None of the {len(trajectories)} trajectories is an agent's.",
