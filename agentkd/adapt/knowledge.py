@@ -30,6 +30,7 @@ __all__ = [
     "literal",
     "literal_rewriter",
     "model_rewriter",
+    "needs_rewriting",
     "rewrite_request",
 ]
 
@@ -166,19 +167,22 @@ def _model_solution(trace: Trajectory, rewritten: Trajectory, config: AdaptConfi
         return Rejected(f"the rewriter doubts: {_first_line(body)}")
     if not rewritten.correct:
         return Rejected(f"another answer: {_first_line(rewritten.answer)!r}, the tools' was {trace.answer!r}")
-    spoken = _SPEAKS_OF_TOOLS.search(body) or _named(trace, body)
+    spoken = _word_of_tools(trace, body)
     if spoken:
-        return Rejected(f"speaks of tools: {spoken.group(0)!r}")
+        return Rejected(f"speaks of tools: {spoken!r}")
     plain = _literal_solution(trace, config)
     if isinstance(plain, Rejected):
         return plain
     return Solution(body or config.thought, plain.code, rewritten.model)
 
 
-def _named(trace: Trajectory, text: str) -> re.Match[str] | None:
-    """The name of a tool that the trajectory called, as a word in the text."""
+def _word_of_tools(trace: Trajectory, text: str) -> str | None:
+    """A word for tools, or the name of one that was called, where the question has no such word itself."""
     names = {use.name for step in trace.steps for use in step.tool_uses}
-    return re.search(rf"\b({'|'.join(map(re.escape, sorted(names)))})\b", text) if names else None
+    found = [match.group(0) for match in _SPEAKS_OF_TOOLS.finditer(text)]
+    found += [name for name in sorted(names) if re.search(rf"\b{re.escape(name)}\b", text)]
+    asked = trace.task.question.casefold()
+    return next((word for word in found if word.casefold() not in asked), None)
 
 
 def _first_line(text: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 from agentkd.adapt.knowledge import Solution
+from agentkd.errors import DataError, boundary
 from agentkd.prompt import TOOL_PROMPTS, action_text, system_prompt
 from agentkd.scorer import score
 from agentkd.trajectory import Step, StopReason, Trajectory, Usage
@@ -25,16 +26,20 @@ class Rows:
 
     Args:
         traces: the trajectories with tools.
+
+    Raises:
+        DataError: a tool is not a schema.
     """
 
     def __init__(self, traces: Sequence[Trajectory]) -> None:
         found: dict[str, str] = {}
-        for trace in traces:
-            for text in trace.tools:
-                found.setdefault(json.loads(text)["name"], text)
-        self.tools = tuple(found.values())
-        described = [SimpleNamespace(**json.loads(text)) for text in self.tools]
-        self.prompts = {name: system_prompt(template, described) for name, template in TOOL_PROMPTS.items()}
+        with boundary(DataError, "reading the tools' schemas of the trajectories", "Collect them again."):
+            for trace in traces:
+                for text in trace.tools:
+                    found.setdefault(json.loads(text)["name"], text)
+            self.tools = tuple(found.values())
+            tools = [SimpleNamespace(**json.loads(text)) for text in self.tools]
+            self.prompts = {name: system_prompt(template, tools) for name, template in TOOL_PROMPTS.items()}
 
     def direct(self, trace: Trajectory, solution: Solution | None, prompt: str, **labels: str) -> Trajectory:
         """A question with its solution without tools.

@@ -100,6 +100,7 @@ def partition(
                 update={
                     "prompt": DIRECT,
                     "max_steps": 1,
+                    "sampler": None,
                     "temperature": config.temperature,
                     "max_tokens": config.max_tokens,
                 }

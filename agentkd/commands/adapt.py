@@ -120,7 +120,7 @@ def _rewriter(
     from agentkd.adapt import model_rewriter
 
     rewrite = model_rewriter(teacher, out / "rewrite", config, workers=workers, on_progress=on_progress)
-    return {"rewriter": teacher.model, "api_base": str(teacher.api_base)}, rewrite
+    return {"rewriter": teacher.model}, rewrite
 
 
 def _respondent(student: str, sandbox: str) -> Respondent:

@@ -53,8 +53,8 @@ def check_parent(config: DistillConfig, base_hash: str) -> dict[str, Any] | None
         if getattr(config, field) != wanted[field]:
             raise ConfigError(
                 f"{parent.path} has {field} {wanted[field]!r}, not {getattr(config, field)!r}.",
-                f"Training goes on with the adapter as it is: set {field} to {wanted[field]!r}, or leave --kind and "
-                "--rank out.",
+                f"Training goes on with that adapter: set {field} to {wanted[field]!r}, or leave --kind "
+                "and --rank out.",
             )
     return _record(parent)
 

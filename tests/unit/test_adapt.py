@@ -23,7 +23,7 @@ from agentkd.adapt import (
     literal_rewriter,
     model_rewriter,
 )
-from agentkd.adapt.knowledge import literal, rewrite_request
+from agentkd.adapt.knowledge import _word_of_tools, literal, rewrite_request
 from agentkd.agent_config import AgentConfig
 from agentkd.errors import ConfigError, DataError, ProviderError
 from agentkd.prompt import DIRECT, STUDENT, action_text
@@ -300,6 +300,20 @@ def test_a_teacher_rewrites_and_rejects_what_it_doubts(traces: Path, tmp_path: P
     assert reasons["wine"].startswith("no solution")
     assert reasons["rust"].startswith("speaks of tools")
     assert done.counts["knowledge"] == {"direct direct": 1}
+
+
+def test_words_of_the_question_itself_do_not_count_as_speaking_of_tools() -> None:
+    asked = trace("the python", "green")
+    assert _word_of_tools(asked, "The python is green.") is None
+    assert _word_of_tools(asked, "I looked up that the python is green.") == "looked up"
+    assert _word_of_tools(asked, "search says that it is green") == "search"
+
+
+def test_a_tool_without_a_schema_is_a_data_error(tmp_path: Path) -> None:
+    for tool in ("nonsense", "{}", '{"name": "search"}'):
+        write_jsonl(tmp_path / "kept.jsonl", [trace("a", "b").model_copy(update={"tools": (tool,)})])
+        with pytest.raises(DataError, match="schemas"):
+            adapt(tmp_path / "kept.jsonl", tmp_path / "out" / str(len(tool)))
 
 
 def test_a_rewriter_is_shown_what_the_tools_found() -> None:
