@@ -2,10 +2,10 @@
 
 ::
 
-    OUT/adapt.json         settings and input; a folder goes on with the same ones only
+    OUT/adapt.json         what it is made of; a folder goes on with the same trajectories and rewriter only
     OUT/rewrite/           the calls of a rewriting teacher
     OUT/knowledge.jsonl    questions with solutions without tools: the first training
-    OUT/partition/         the student's direct answers, append-only
+    OUT/partition/         the student's direct answers, append-only; of one student, sampled in one way
     OUT/partition.jsonl    easy or hard, each decision with its evidence
     OUT/mix.jsonl          the second training
     OUT/dropped.jsonl      what is in no data set, with the reason
@@ -94,15 +94,15 @@ def adapt(
     Raises:
         DataError: nothing to learn from, or all questions are easy, or all are hard (the files are written
             all the same).
-        ConfigError: ``out`` holds an adaptation with other settings, input or student.
+        ConfigError: ``out`` holds an adaptation of other trajectories, or the answers of another student.
         ProviderError: an endpoint failed; what is finished is kept.
     """
     config = config or AdaptConfig()
     path = source / "trajectories.jsonl" if source.is_dir() else source
     named, rewrite = rewriter or ({"rewriter": "literal"}, literal_rewriter(config))
-    known_by = {"config": config.model_dump(mode="json"), "input": _hash(path), "rewriter": named}
+    made_of = {"input": _hash(path), **named}
     traces, left = _chosen(read_trajectories(path), config)
-    _claim(out / "adapt.json", known_by, "settings or trajectories")
+    _claim(out / "adapt.json", made_of, "trajectories, or another rewriter")
     known = _knowledge(traces, left, rewrite, config)
     rows = Rows(known.traces)
     knowledge = _knowledge_rows(known, rows, config)
@@ -111,7 +111,12 @@ def adapt(
     outputs = [out / "knowledge.jsonl"]
     mix: list[Trajectory] | None = None
     if student is not None:
-        _claim(out / "partition" / "student.json", student.identity, "student")
+        asked = {**student.identity, **config.model_dump(mode="json", include={"temperature", "max_tokens"})}
+        _claim(
+            out / "partition" / "student.json",
+            asked,
+            "direct answers: of another student, or otherwise sampled",
+        )
         tasks = [trace.task for trace in known.traces]
         decisions = partition(
             tasks, student, out / "partition", config, workers=workers, on_progress=on_progress
@@ -124,7 +129,8 @@ def adapt(
         outputs += [out / "partition.jsonl", out / "mix.jsonl"]
     write_jsonl(out / "dropped.jsonl", known.left)
     counts["dropped"] = dict(Counter(item.reason.split(":")[0] for item in known.left))
-    settings = {**known_by, "student": student.identity if student else None}
+    identity = student.identity if student else None
+    settings = {**config.model_dump(mode="json"), **named, "student": identity}
     write_manifest(out, stage="adapt", config=settings, counts=counts, inputs=[path], outputs=outputs)
     _refuse_one_sided(out, mix, counts)
     return Adapted(out, counts)
@@ -139,9 +145,7 @@ def _hash(path: Path) -> str:
 def _claim(path: Path, content: dict[str, Any], what: str) -> None:
     if path.is_file() and read_json(path) != content:
         raise ConfigError(
-            f"{path.parent} holds an adaptation with another {what}."
-            if what == "student"
-            else f"{path.parent} holds an adaptation with other {what}.",
+            f"{path.parent} holds other {what}.",
             "Choose another --out, or remove the folder.",
         )
     write_json(path, content)

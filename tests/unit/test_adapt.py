@@ -212,10 +212,34 @@ def test_a_folder_goes_on_with_the_same_work_only(traces: Path, tmp_path: Path) 
     out = tmp_path / "out"
     knowing = {"sky": ['final_answer("blue")']}
     adapt(traces, out, student=respondent(Knows(knowing)))
-    with pytest.raises(ConfigError, match="other settings"):
-        adapt(traces, out, AdaptConfig(tau=0.5))
     with pytest.raises(ConfigError, match="another student"):
         adapt(traces, out, student=respondent(Knows(knowing), "other"))
+    with pytest.raises(ConfigError, match="otherwise sampled"):
+        adapt(traces, out, AdaptConfig(temperature=0.5), student=respondent(Knows(knowing)))
+    with pytest.raises(ConfigError, match="another rewriter"):
+        adapt(traces, out, rewriter=({"rewriter": "x"}, literal_rewriter(AdaptConfig())))
+    write_jsonl(traces, [trace("sky", "blue")])
+    with pytest.raises(ConfigError, match="other trajectories"):
+        adapt(traces, out)
+
+
+def test_other_settings_make_another_mix_of_the_same_answers(traces: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    right, wrong = 'final_answer("blue")', 'final_answer("green")'
+    model = Knows({"sky": [right, wrong, right]})
+    three: dict[str, Any] = {"samples": 3, "temperature": 0.7}
+    with pytest.raises(DataError, match="0 questions are easy"):
+        adapt(traces, out, AdaptConfig(**three, tau=0.9), student=respondent(model), workers=1)
+    asked = len(model.prompts)
+    lax = AdaptConfig(**three, tau=0.6, keep_direct="easy", required=True)
+    done = adapt(traces, out, lax, student=respondent(model), workers=1)
+    assert len(model.prompts) == asked == 18
+    assert done.counts["mix"] == {
+        "direct direct": 1,
+        "required tools": 6,
+        "allowed direct": 5,
+        "allowed tools": 5,
+    }
 
 
 def test_a_student_that_knows_all_or_nothing_is_an_error_and_leaves_the_evidence(
