@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def trace(name: str, answer: str, *, right: bool = True, tools: bool = True, sam
 class Knows(Model):
     """A student that knows the colours of some things, and says so at once."""
 
-    def __init__(self, known: dict[str, Sequence[str]]) -> None:
+    def __init__(self, known: Mapping[str, Sequence[str]]) -> None:
         super().__init__(model_id="student")
         self.known = {name: list(answers) for name, answers in known.items()}
         self.prompts: list[str] = []
