@@ -65,7 +65,7 @@ class Size(NamedTuple):
     """Optimiser steps: of the student with tools, of the knowledge, of the mix."""
 
 
-FULL = Size(entities=11, lookups=250, products=50, n=100, steps=(45, 140, 110))
+FULL = Size(entities=11, lookups=250, products=50, n=100, steps=(45, 170, 90))
 QUICK = Size(entities=2, lookups=24, products=8, n=8, steps=(20, 60, 30))
 
 
