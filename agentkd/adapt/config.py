@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from agentkd.prompt import FENCE_CLOSE
 from agentkd.tool_use import ToolKind
 
 __all__ = ["AdaptConfig"]
@@ -36,6 +37,13 @@ class AdaptConfig(BaseModel):
     """The thought of a solution that is a literal answer alone."""
     longest_answer: int = Field(default=80, ge=1)
     """Characters of a literal answer; a longer one is not knowledge but a text, and is rejected."""
+
+    @field_validator("thought")
+    @classmethod
+    def _no_code(cls, thought: str) -> str:
+        if FENCE_CLOSE in thought:
+            raise ValueError("a thought has no code block in it")
+        return thought
 
     @model_validator(mode="after")
     def _several_samples_differ(self) -> Self:

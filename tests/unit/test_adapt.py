@@ -265,6 +265,11 @@ def test_nothing_to_learn_from_is_a_data_error(tmp_path: Path) -> None:
         adapt(tmp_path / "nothing.jsonl", tmp_path / "out")
 
 
+def test_a_thought_has_no_code_in_it() -> None:
+    with pytest.raises(ValidationError, match="code block"):
+        AdaptConfig(thought="I know:\n```python\nx\n```")
+
+
 def test_several_samples_need_a_temperature() -> None:
     with pytest.raises(ValidationError, match="temperature"):
         AdaptConfig(samples=5)
