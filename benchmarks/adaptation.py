@@ -272,9 +272,9 @@ def main() -> None:
     data = questions(size, arguments.seed)
     before, after = train(out, data, size)
     systems = {
-        "always-tool": run(before, data, out / "test" / "always-tool"),
         "never-tool": run(after, data, out / "test" / "never-tool", direct=True),
         "adapted": run(after, data, out / "test" / "adapted"),
+        "always-tool": run(before, data, out / "test" / "always-tool"),
     }
     metrics = report(systems)
     commit = provenance()["commit"]
