@@ -207,8 +207,9 @@ def _knowledge_rows(known: _Known, rows: Rows, config: AdaptConfig) -> list[Traj
         forced = [trace for trace in known.traces if used_tool(trace, config.tools)]
         found += [rows.with_tools(trace, "required") for trace in forced]
     if not found:
+        first = next(item.reason for item in known.left if item.trajectory is not None)
         raise DataError(
-            f"All {len(known.traces)} solutions were rejected, the first: {known.left[0].reason}.",
+            f"All {len(known.traces)} solutions were rejected, the first: {first}.",
             "Try another rewriter.",
         )
     return found
