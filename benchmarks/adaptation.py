@@ -177,7 +177,7 @@ def train(out: Path, data: Questions, size: Size) -> tuple[Path, Path]:
     config = AdaptConfig(keep_direct="easy")
     counts = adapt(out / "all.jsonl", out / "adapt", config, student=respondent(informed)).counts
     print(json.dumps(counts), flush=True)
-    last = DistillConfig(steps=third, parent=str(informed))
+    last = DistillConfig(steps=third, learning_rate=5e-4, parent=str(informed))
     distill(out / "adapt" / "mix.jsonl", after, last, shown("mix"))
     return before, after
 
