@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agentkd.commands import adapt as adapt_command
 from agentkd.commands import collect as collect_command
 from agentkd.commands import distill as distill_command
 from agentkd.commands import doctor
@@ -112,7 +113,7 @@ def filter_command(
     print(f"Next: agentkd distill {out / 'kept.jsonl'} --out student")
 
 
-for _commands in (distill_command, evaluate_command, serve_command):
+for _commands in (adapt_command, distill_command, evaluate_command, serve_command):
     _commands.register(app)
 
 

@@ -49,11 +49,12 @@ def check_parent(config: DistillConfig, base_hash: str) -> dict[str, Any] | None
     parent = load_student(config.parent)
     check_base(parent, base_hash)
     wanted = adapter_settings(parent.path)
-    for field, flag in (("kind", "--kind"), ("lora_r", "--rank"), ("lora_alpha", "--alpha")):
+    for field in ("kind", "lora_r", "lora_alpha"):
         if getattr(config, field) != wanted[field]:
             raise ConfigError(
                 f"{parent.path} has {field} {wanted[field]!r}, not {getattr(config, field)!r}.",
-                f"Training goes on with the adapter as it is: set {field} ({flag}) to {wanted[field]!r}.",
+                f"Training goes on with that adapter: set {field} to {wanted[field]!r}, or leave --kind "
+                "and --rank out.",
             )
     return _record(parent)
 

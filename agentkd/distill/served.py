@@ -115,10 +115,21 @@ def make_replays(
     tokenizer: Any,
     count: int,
 ) -> list[Replay]:
-    """Replays of the shortest ``count`` trajectories, cut from the ids that were trained."""
+    """Replays of the shortest ``count`` trajectories, cut from the ids that were trained.
+
+    Those under the prompt that the student is served with come before those under another one.
+    """
+
+    def source(example: Example) -> str:
+        return example.id if example.id in trajectories else example.id.rpartition("/")[0]
+
+    def place(example: Example) -> tuple[bool, int, str]:
+        own = learnt_prompt(trajectories[source(example)], system_prompt) == system_prompt
+        return not own, len(example.ids), example.id
+
     replays: list[Replay] = []
-    for example in sorted(examples, key=lambda it: (len(it.ids), it.id))[:count]:
-        name = example.id if example.id in trajectories else example.id.rpartition("/")[0]
+    for example in sorted(examples, key=place)[:count]:
+        name = source(example)
         prompt = learnt_prompt(trajectories[name], system_prompt)
         messages = trajectory_messages(trajectories[name], prompt)
         for number in range(len(trajectories[name].steps)):
