@@ -61,6 +61,11 @@ class RequestError(Exception):
         super().__init__(message)
         self.message, self.status, self.param, self.code = message, status, param, code
 
+    def body(self) -> dict[str, Any]:
+        """The error as OpenAI writes it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
 
 class _Part(BaseModel):
     type: Literal["text"]
