@@ -40,7 +40,7 @@ class AccessLog:
         self._file: TextIO = sys.stderr
         if str(where) != "-":
             try:
-                self._file = Path(where).open("a", encoding="utf-8", errors="backslashreplace")
+                self._file = Path(where).open("a", encoding="utf-8")  # noqa: SIM115 (open until close)
             except OSError as exc:
                 raise ConfigError(f"Cannot write the access log {where}: {exc.strerror}.") from exc
 

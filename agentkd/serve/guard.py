@@ -111,9 +111,8 @@ class Guard:
         seconds = time.perf_counter() - visit.began
         served = visit.served
         if visit.chat and visit.admitted:
-            self.metrics.record(
-                served, visit.status if visit.status and visit.whole else CLIENT_GONE, seconds
-            )
+            status = visit.status if visit.status and visit.whole else CLIENT_GONE
+            self.metrics.record(served, status, seconds)
             self.rates.charge(visit.caller or "", served.tokens)
             if visit.status == 200 and (served.error or not visit.whole):
                 self.metrics.broken.labels(served.model or NO_MODEL, visit.why or "error").inc()
