@@ -194,7 +194,7 @@ function drawVotes(candidates) {
     bar.setAttribute("aria-label", `${group.count} of ${candidates.length} candidates`);
     const outcome = make("code", group.outcome === null ? "lost" : "", group.outcome === null ? "failed" : group.outcome || "(no output)");
     outcome.title = outcome.textContent;
-    return [outcome, bar, make("span", group.chosen ? "count won" : "count", group.chosen ? `${group.count} chosen` : `${group.count}`)];
+    return [outcome, bar, make("span", group.chosen ? "count won" : "count", group.chosen ? `${group.count}, chosen` : `${group.count}`)];
   });
   const all = make("details", "", null, make("summary", "", `${candidates.length} candidates`));
   for (const candidate of candidates) {
