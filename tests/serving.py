@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from agentkd.serve import AgentBackend, ChatChoice, ChatRequest, ChatResult, Listener, RequestError
@@ -67,16 +68,16 @@ class ScriptedEngine:
 
     context = 100_000
 
-    def __init__(self, tokenizer: Any, script: list[list[str]], pace: float = 0.0) -> None:
-        self.tokenizer, self.script, self.pace = tokenizer, script, pace
+    def __init__(self, tokenizer: Any, script: list[list[str]], before: Callable[[int], object]) -> None:
+        self.tokenizer, self.script, self.before = tokenizer, script, before
 
     def generate(self, prompt_ids: Any, *, n: int = 1, on_token: Any = None, **options: Any) -> list[Any]:
         """See :class:`agentkd.engine.Engine`."""
         from agentkd.engine import Completion
 
-        time.sleep(self.pace)
-        prompt = self.tokenizer.decode(list(prompt_ids))
-        texts = self.script[prompt.count("```python")]
+        step = self.tokenizer.decode(list(prompt_ids)).count("```python")
+        self.before(step)
+        texts = self.script[step]
         done = []
         for index in range(n):
             text = texts[index % len(texts)]
@@ -91,7 +92,12 @@ class ScriptedEngine:
 
 
 def scripted_agent(
-    script: list[list[str]], tokenizer: Any, *, name: str = "script", pace: float = 0.0, **settings: Any
+    script: list[list[str]],
+    tokenizer: Any,
+    *,
+    name: str = "script",
+    before: Callable[[int], object] = lambda step: None,
+    **settings: Any,
 ) -> AgentBackend:
     """The real agent (rollout, sandbox, sampler) over texts that are known beforehand.
 
@@ -99,8 +105,8 @@ def scripted_agent(
         script: for each step the texts that its candidates say, in turn.
         tokenizer: renders the prompts.
         name: of the bare model.
-        pace: seconds that a step's texts take.
+        before: called with the number of the step, from 0, before its texts are given.
         settings: of :class:`agentkd.agent_config.AgentConfig`.
     """
-    engine: Any = ScriptedEngine(tokenizer, script, pace)
+    engine: Any = ScriptedEngine(tokenizer, script, before)
     return AgentBackend(engine, tokenizer, AgentConfig(model=name, prompt="Act.", **settings))
