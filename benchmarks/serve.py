@@ -162,6 +162,7 @@ def overhead(rounds: int, seconds: float) -> dict[str, float]:
     with server() as (address, engine, pid, ready):
         found = {"start_s": ready, **latency(address, engine, rounds)}
     with server(pace=0.02) as (address, engine, pid, _):
+        latency(address, engine, 1)  # the first agent starts the sandbox's zygote
         found |= load(address, engine, seconds)
         found["memory_mib"] = resident(pid)
     return found
@@ -188,7 +189,12 @@ def peers(model: str) -> Iterator[tuple[str, list[str], str, str]]:
 
     path = str(resolve_model(model))
     transformers = str(Path(sys.executable).with_name("transformers"))
-    yield "transformers", [transformers, "serve", "--port", "PORT", "--force-model", path], "/health", path
+    yield (
+        "transformers",
+        [transformers, "serve", "--host", "127.0.0.1", "--port", "PORT", path],
+        "/health",
+        path,
+    )
     python = os.environ.get("AGENTKD_VLLM_PYTHON")
     if python:
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", path]

@@ -22,8 +22,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from agentkd.errors import ConfigError
-from agentkd.serve import GuardConfig, Server, Tokens, create_app, read_tokens
+from agentkd.errors import ConfigError, SandboxError
+from agentkd.serve import GuardConfig, RequestError, Server, Tokens, create_app, read_tokens
 from agentkd.serve.limits import Line, Rates, TryLater
 from tests.serving import Talker
 
@@ -444,3 +444,39 @@ def test_it_is_not_ready_while_it_drains() -> None:
         refused = client.post(CHAT, json=body())
         assert refused.status_code == 503 and refused.headers["Retry-After"] == "5"
         assert client.get("/health").status_code == 200
+
+
+def test_what_an_agent_does_is_counted() -> None:
+    from agentkd.serve.metrics import Metrics
+    from agentkd.serve.served import Served
+
+    class Tool:
+        name = "search"
+
+    class Backend(Talker):
+        tools = (Tool(),)
+
+    served = Served()
+    served.model = "talker"
+    uses = [
+        {"name": "search", "error": None},
+        {"name": "search", "error": "down"},
+        {"name": "odd", "error": None},
+    ]
+    event = {"number": 1, "failure": {"kind": "execution"}, "tool_uses": uses}
+    served.step({**event, "state": "acting"})
+    served.step({**event, "state": "done"})
+    served.fail(SandboxError("gone"), RequestError("gone", status=503, code="sandbox_error"))
+    metrics = Metrics([Backend()], Line(1, 1, 1.0))
+    metrics.record(served, 503, 1.0)
+    text = metrics.text().decode()
+    for line in (
+        'agentkd_agent_steps_total{model="talker"} 1.0',
+        'agentkd_agent_step_failures_total{kind="execution",model="talker"} 1.0',
+        'agentkd_tool_calls_total{outcome="ok",tool="search"} 1.0',
+        'agentkd_tool_calls_total{outcome="error",tool="search"} 1.0',
+        'agentkd_tool_calls_total{outcome="ok",tool="other"} 1.0',
+        'agentkd_sandbox_failures_total{model="talker"} 1.0',
+    ):
+        assert line in text
+    assert served.tokens == 2, "an answer that broke is charged by what there was of it"
