@@ -98,7 +98,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "model": Completion,
         "description": "The answer, or with `stream` its pieces as server-sent events",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     },
     **_errors(400, 401, 403, 404, 408, 413, 429, 500, 503),
 }
