@@ -176,11 +176,11 @@ def expert_labels(*, seed: int, error_rate: float) -> dict[str, str]:
     return {"teacher": EXPERT_LABEL, "teacher_seed": str(seed), "teacher_error_rate": f"{error_rate:g}"}
 
 
-def serve_expert(host: str, port: int, *, seed: int, error_rate: float) -> None:
-    """Serve the offline expert until it is stopped."""
+def serve_expert(host: str, port: int, *, seed: int, error_rate: float, **operations: Any) -> None:
+    """Serve the offline expert until it is stopped; ``operations`` as of ``serve_forever``."""
     from agentkd.serve import serve_forever
 
-    serve_forever([_expert_backend(seed, error_rate)], host=host, port=port)
+    serve_forever([_expert_backend(seed, error_rate)], host=host, port=port, **operations)
 
 
 def _expert_backend(seed: int, error_rate: float) -> Any:

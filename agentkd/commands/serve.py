@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
         epilog="Examples:\n\n`agentkd serve student --port 8000`\n\n"
         "`agentkd serve student other-student --corpus index/ --actions 8 --save-runs served`\n\n"
         "`agentkd serve student --engine vllm --vllm-python ~/vllm/bin/python -- --tensor-parallel-size 2`\n\n"
+        "`agentkd serve student --host 0.0.0.0 --token-file tokens.txt --requests-per-minute 60 --access-log -`\n\n"
         "`agentkd serve expert` (the offline teacher)",
     )(serve)
 
@@ -61,6 +62,24 @@ def serve(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Sampled tokens of one step of an agent.")] = 512,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer of an agent.")] = 120.0,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="Bearer tokens, one a line (TOKEN or NAME TOKEN); AGENTKD_TOKENS adds others."),
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each token.")] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Prompt and completion tokens of each bearer token.")
+    ] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests worked on at a time.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests in the queue; more get a 429.")] = 256,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 4 * 2**20,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="What requests under way get after SIGTERM or Ctrl-C.")
+    ] = 30.0,
+    access_log: Annotated[
+        Path | None, typer.Option(help='File for one JSON line a request; "-" is stderr.')
+    ] = None,
+    log_contents: Annotated[bool, typer.Option(help="Log what is asked, too; secrets are redacted.")] = False,
     save_runs: Annotated[
         Path | None, typer.Option(help="Run folder that every served rollout is appended to.")
     ] = None,
@@ -71,14 +90,24 @@ def serve(
 
     A student of kind "agent" is listed as NAME, and as NAME-agent: that one runs the whole rollout.
     """
+    from agentkd.serve import GuardConfig, ServeConfig, read_tokens, serve_students
+
+    tokens = read_tokens(token_file)
+    guard = GuardConfig(
+        max_body=max_body,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        drain_seconds=drain_seconds,
+        access_log=access_log,
+        log_contents=log_contents,
+    )
     if what == ["expert"]:
         from agentkd.pipeline import serve_expert
 
-        serve_expert(host, port, seed=seed, error_rate=error_rate)
+        serve_expert(host, port, seed=seed, error_rate=error_rate, guard=guard, tokens=tokens)
         return
-    from agentkd.serve import serve_students
-    from agentkd.serve.students import ServeConfig
-
     announce(sandbox)
     chosen: Any = _known(engine)
     config = ServeConfig(
@@ -94,7 +123,7 @@ def serve(
         timeout=timeout,
         save_runs=save_runs,
     )
-    serve_students(what, config, host=host, port=port, say=complain)
+    serve_students(what, config, host=host, port=port, guard=guard, tokens=tokens, say=complain)
 
 
 def _known(engine: str) -> Literal["auto", "embedded", "vllm"]:

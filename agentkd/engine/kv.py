@@ -168,6 +168,10 @@ class PrefixCache:
     Args:
         max_bytes: memory for keys and values; 0 keeps nothing.
         max_entries: sequences.
+
+    Attributes:
+        queried_tokens: of all that was looked up so far.
+        hit_tokens: those of them that were found.
     """
 
     def __init__(self, max_bytes: int, max_entries: int = 64) -> None:
@@ -176,6 +180,7 @@ class PrefixCache:
         self._bytes = 0
         self._next = 0
         self._lock = threading.Lock()
+        self.queried_tokens = self.hit_tokens = 0
 
     def find(self, ids: Sequence[int]) -> tuple[Prefix | None, int]:
         """The entry that shares the longest beginning with ``ids``, and how many tokens that is."""
@@ -188,6 +193,8 @@ class PrefixCache:
                     best, best_key, best_length = entry, key, length
             if best is not None:
                 self._entries.move_to_end(best_key)
+            self.queried_tokens += len(wanted)
+            self.hit_tokens += best_length
         return best, best_length
 
     def add(self, prefix: Prefix) -> None:

@@ -48,6 +48,7 @@ class TorchEngine:
 
     Attributes:
         context: most tokens of a prompt and its continuation together.
+        prefix_cache: past sequences; counts how much of the prompts was found in it.
     """
 
     def __init__(
@@ -66,13 +67,19 @@ class TorchEngine:
         self.context: int = model.config.get_text_config().max_position_embeddings
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         pack_linears(model)
-        self._cache = PrefixCache(cache_bytes)
+        self.prefix_cache = PrefixCache(cache_bytes)
         self._queue = Queue()
         threads = threads or torch.get_num_threads()
         count = 1 if model.device.type != "cpu" else min(threads, _MAX_LANES, max_batch)
         ending = Ending(tokenizer, end_tokens(model, tokenizer))
         self._lanes = [
-            Lane(self._queue, Decoder(model, -(-max_batch // count)), ending, self._cache, threads // count)
+            Lane(
+                self._queue,
+                Decoder(model, -(-max_batch // count)),
+                ending,
+                self.prefix_cache,
+                threads // count,
+            )
             for _ in range(count)
         ]
         self._queue.lanes = self._lanes
@@ -161,7 +168,7 @@ class TorchEngine:
         self._queue.close()
         for lane in self._lanes:
             lane.join()
-        self._cache.clear()
+        self.prefix_cache.clear()
 
     def __enter__(self) -> Self:
         return self

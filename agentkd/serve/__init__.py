@@ -15,8 +15,10 @@ from agentkd.serve.backend import (
     StudentBackend,
     student_backend,
 )
+from agentkd.serve.guard import GuardConfig
 from agentkd.serve.server import Server, serve_forever, serve_student, serve_students
 from agentkd.serve.students import ServeConfig, open_students
+from agentkd.serve.tokens import Tokens, read_tokens
 
 __all__ = [
     "AgentBackend",
@@ -25,13 +27,16 @@ __all__ = [
     "ChatRequest",
     "ChatResult",
     "ExpertBackend",
+    "GuardConfig",
     "Listener",
     "RequestError",
     "ServeConfig",
     "Server",
     "StudentBackend",
+    "Tokens",
     "create_app",
     "open_students",
+    "read_tokens",
     "serve_forever",
     "serve_student",
     "serve_students",

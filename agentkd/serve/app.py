@@ -15,71 +15,85 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from agentkd import __version__
 from agentkd.serve.backend import ChatBackend, ChatChoice, ChatResult, status_of
+from agentkd.serve.guard import CHAT, Guard, GuardConfig, GuardMiddleware
+from agentkd.serve.openapi import ANSWERS, CHAT_BODY, MODEL, MODELS, describe
+from agentkd.serve.page import add_page
+from agentkd.serve.probes import add_probes
 from agentkd.serve.request import ChatRequest, RequestError, parse_request
+from agentkd.serve.served import SERVED, Served
+from agentkd.serve.tokens import Tokens
 
 __all__ = ["create_app"]
 
-MAX_RUNNING = 256
-"""Requests worked on at a time; more wait their turn."""
 
-
-def create_app(backends: Sequence[ChatBackend]) -> FastAPI:
-    """The application: ``/v1/chat/completions``, ``/v1/models`` and ``/health``.
+def create_app(
+    backends: Sequence[ChatBackend], config: GuardConfig | None = None, tokens: Tokens | None = None
+) -> FastAPI:
+    """The application: chat completions, the list of models, the page, probes and metrics.
 
     Args:
         backends: the models, told apart by ``model_id``.
+        config: limits and the access log.
+        tokens: who may ask; by default this machine may, without a token.
+
+    Raises:
+        ConfigError: the access log cannot be written.
     """
-    app = FastAPI(title="agentkd", docs_url=None, redoc_url=None, openapi_url=None)
+    guard = Guard(config or GuardConfig(), tokens or Tokens(), backends)
+    app = FastAPI(title="agentkd", version=__version__, docs_url=None, redoc_url=None)
+    app.state.guard = guard
+    app.add_middleware(GuardMiddleware, guard=guard)
     models = {backend.model_id: backend for backend in backends}
     started = int(time.time())
-    slots = asyncio.Semaphore(MAX_RUNNING)
+    add_probes(app, guard)
+    add_page(app)
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=MODELS)
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(it, started) for it in models.values()]}
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.get("/v1/models/{model_id:path}", responses=MODEL)
     async def one_model(model_id: str) -> dict[str, Any]:
         return _model(_find(models, model_id), started)
 
-    @app.post("/v1/chat/completions")
+    @app.post(CHAT, responses=ANSWERS, openapi_extra=CHAT_BODY)
     async def chat_completions(http: Request) -> Response:
         request = parse_request(await http.body())
         backend = _find(models, request.model)
-        work = _Work(backend, request)
-        async with slots:
-            work.start()
-            watcher = asyncio.create_task(_watch(http, work))
-            try:
+        http.scope[SERVED].accept(request)
+        work = _Work(backend, request, http.scope[SERVED])
+        work.start()
+        watcher = asyncio.create_task(_watch(http, work))
+        try:
+            first = await work.events.get()
+            if isinstance(first, Exception):
+                raise status_of(first)
+            if request.stream:
+                return StreamingResponse(_stream(work, first), media_type="text/event-stream")
+            while not isinstance(first, ChatResult):
                 first = await work.events.get()
                 if isinstance(first, Exception):
                     raise status_of(first)
-                if request.stream:
-                    return StreamingResponse(_stream(work, first), media_type="text/event-stream")
-                while not isinstance(first, ChatResult):
-                    first = await work.events.get()
-                    if isinstance(first, Exception):
-                        raise status_of(first)
-                return JSONResponse(_response(request, first))
-            finally:
-                watcher.cancel()
-                if not request.stream:
-                    work.cancel()
+            return JSONResponse(_response(request, first))
+        finally:
+            watcher.cancel()
+            if not request.stream:
+                work.cancel()
 
     @app.exception_handler(RequestError)
     async def refused(http: Request, exc: RequestError) -> JSONResponse:
-        return JSONResponse(_error(exc), status_code=exc.status)
+        served = http.scope[SERVED]
+        served.error = served.error or exc.code or "invalid_request"
+        return JSONResponse(exc.body(), status_code=exc.status)
 
     @app.exception_handler(HTTPException)
     async def no_such_route(http: Request, exc: HTTPException) -> JSONResponse:
         problem = RequestError(f"{http.method} {http.url.path}: {exc.detail}", status=exc.status_code)
-        return JSONResponse(_error(problem), status_code=exc.status_code)
+        return JSONResponse(problem.body(), status_code=exc.status_code)
 
+    describe(app)
     return app
 
 
@@ -103,8 +117,8 @@ class _Work:
     Events are pieces and steps, at last a ChatResult or an exception.
     """
 
-    def __init__(self, backend: ChatBackend, request: ChatRequest) -> None:
-        self.backend, self.request = backend, request
+    def __init__(self, backend: ChatBackend, request: ChatRequest, served: Served) -> None:
+        self.backend, self.request, self.served = backend, request, served
         self.events: asyncio.Queue[_Piece | _Step | ChatResult | Exception] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self._gone = threading.Event()
@@ -119,10 +133,12 @@ class _Work:
 
     def text(self, index: int, piece: str) -> None:
         """See :class:`agentkd.serve.backend.Listener`."""
+        self.served.pieces += 1
         self._put(_Piece(index, piece))
 
     def step(self, reasoning: str, event: dict[str, Any]) -> None:
         """See :class:`agentkd.serve.backend.Listener`."""
+        self.served.step(event)
         self._put(_Step(reasoning, event))
 
     def cancelled(self) -> bool:
@@ -147,10 +163,14 @@ class _Work:
 
     def _run(self) -> None:
         try:
-            self._put(self.backend.complete(self.request, self))
+            result = self.backend.complete(self.request, self)
         except Exception as exc:
             # Whatever a backend raises is the answer to this request, and ends no other.
+            self.served.fail(exc, status_of(exc))
             self._put(exc)
+        else:
+            self.served.finish(result)
+            self._put(result)
 
     def _put(self, event: _Piece | _Step | ChatResult | Exception) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
@@ -173,7 +193,7 @@ async def _stream(work: _Work, event: Any) -> AsyncIterator[str]:
             yield _chunk(work, index, {"role": "assistant", "content": ""})
         while not isinstance(event, ChatResult):
             if isinstance(event, Exception):
-                yield _event(_error(status_of(event)))
+                yield _event(status_of(event).body())
                 return
             if isinstance(event, _Step):
                 yield _chunk(work, 0, {"reasoning_content": event.reasoning}, agentkd_step=event.event)
@@ -265,11 +285,6 @@ def _usage(result: ChatResult) -> dict[str, int]:
         "completion_tokens": result.completion_tokens,
         "total_tokens": result.prompt_tokens + result.completion_tokens,
     }
-
-
-def _error(exc: RequestError) -> dict[str, Any]:
-    kind = "invalid_request_error" if exc.status < 500 else "server_error"
-    return {"error": {"message": exc.message, "type": kind, "param": exc.param, "code": exc.code}}
 
 
 def _find(models: dict[str, ChatBackend], model_id: str) -> ChatBackend:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 
 from agentkd.trajectory import valid_text
 
@@ -61,15 +61,25 @@ class RequestError(Exception):
         super().__init__(message)
         self.message, self.status, self.param, self.code = message, status, param, code
 
+    def body(self) -> dict[str, Any]:
+        """The error as OpenAI writes it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
 
 class _Part(BaseModel):
     type: Literal["text"]
     text: str
 
 
+_CONTENT_SCHEMA = {
+    "anyOf": [{"type": "string"}, {"type": "null"}, {"type": "array", "items": _Part.model_json_schema()}]
+}
+
+
 class _Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: Annotated[str, WithJsonSchema(_CONTENT_SCHEMA, mode="validation")]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -83,6 +93,9 @@ class _Message(BaseModel):
     def plain(self) -> dict[str, str]:
         """As chat templates want it: "developer" is OpenAI's newer name of "system"."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+_STOP_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 64}]}
 
 
 class _StreamOptions(BaseModel):
@@ -126,7 +139,9 @@ class ChatRequest(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """The newer name of ``max_tokens``; counts when both are given."""
-    stop: list[str] = Field(default=[], max_length=64)
+    stop: Annotated[list[str], WithJsonSchema(_STOP_SCHEMA, mode="validation")] = Field(
+        default=[], max_length=64
+    )
     seed: int | None = None
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 import uvicorn
@@ -14,6 +18,8 @@ import uvicorn
 from agentkd.errors import ConfigError, ProviderError
 from agentkd.serve.app import create_app
 from agentkd.serve.backend import ChatBackend, student_backend
+from agentkd.serve.guard import Guard, GuardConfig
+from agentkd.serve.tokens import Tokens, is_loopback
 
 if TYPE_CHECKING:
     from agentkd.serve.students import ServeConfig
@@ -83,13 +89,30 @@ class Server:
         self.stop()
 
 
-def serve_forever(backends: Sequence[ChatBackend], *, host: str = "127.0.0.1", port: int = 8000) -> None:
+def serve_forever(
+    backends: Sequence[ChatBackend],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    guard: GuardConfig | None = None,
+    tokens: Tokens | None = None,
+) -> None:
     """Serve on the calling thread until SIGINT or SIGTERM. Says where on stderr.
 
+    At the first signal no more connections are taken, and requests under way get
+    ``guard.drain_seconds`` to end; a second one cuts them off.
+
+    Args:
+        backends: the models.
+        host, port: where to listen; port 0 takes a free one.
+        guard: limits and the access log.
+        tokens: who may ask; None at all on loopback only.
+
     Raises:
-        ConfigError: the address cannot be listened on.
-        KeyboardInterrupt: after a clean stop by Ctrl-C.
+        ConfigError: the address cannot be listened on, or is open to others without a token.
     """
+    guard, tokens = guard or GuardConfig(), tokens or Tokens()
+    tokens.check_address(host)
 
     def say(address: str) -> None:
         for backend in backends:
@@ -97,26 +120,31 @@ def serve_forever(backends: Sequence[ChatBackend], *, host: str = "127.0.0.1", p
                 f"Serving {backend.model_id} ({backend.label}) at {address}/v1. Ctrl-C stops.",
                 file=sys.stderr,
             )
+        if is_loopback(host):
+            print(f"A page to try it on: {address}/", file=sys.stderr)
 
-    serve_app(create_app(backends), host=host, port=port, say=say)
+    app = create_app(backends, guard, tokens)
+    serve_app(app, host=host, port=port, say=say, drain_seconds=guard.drain_seconds)
 
 
-def serve_app(app: Any, *, host: str, port: int, say: Callable[[str], None]) -> None:
-    """Serve any ASGI application on the calling thread until SIGINT or SIGTERM.
+def serve_app(
+    app: Any, *, host: str, port: int, say: Callable[[str], None], drain_seconds: float = _GRACE
+) -> None:
+    """Serve any ASGI application on the calling thread until SIGINT or SIGTERM, and return then.
 
     Args:
         app: the application.
         host, port: where to listen; port 0 takes a free one.
         say: told ``http://HOST:PORT`` as soon as connections are taken.
+        drain_seconds: that requests under way get after the signal.
 
     Raises:
         ConfigError: the address cannot be listened on.
-        KeyboardInterrupt: after a clean stop by Ctrl-C.
     """
     listener = _listen(host, port)
     say(_address(host, int(listener.getsockname()[1])))
     try:
-        _uvicorn(app).run([listener])
+        _uvicorn(app, drain_seconds).run([listener])
     finally:
         listener.close()
 
@@ -136,13 +164,16 @@ def serve_students(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    guard: GuardConfig | None = None,
+    tokens: Tokens | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Serve students and their agents until stopped; see :func:`agentkd.serve.open_students`."""
     from agentkd.serve.students import open_students
 
+    (tokens or Tokens()).check_address(host)  # before the models are loaded
     with open_students(folders, config, say) as backends:
-        serve_forever(backends, host=host, port=port)
+        serve_forever(backends, host=host, port=port, guard=guard, tokens=tokens)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -166,9 +197,41 @@ def _address(host: str, port: int) -> str:
     return f"http://{name}:{port}"
 
 
-def _uvicorn(app: Any) -> uvicorn.Server:
+class _Uvicorn(uvicorn.Server):
+    """A server that a signal ends with grace: uvicorn's own would send itself the signal afterwards."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        guard = getattr(getattr(self.config.app, "state", None), "guard", None)
+        if isinstance(guard, Guard):
+            guard.draining = True
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _uvicorn(app: Any, drain_seconds: float = _GRACE) -> uvicorn.Server:
     # No log configuration: uvicorn's would write requests to stdout, which belongs to the caller.
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=math.ceil(drain_seconds),
+        server_header=False,
     )
-    return uvicorn.Server(config)
+    return _Uvicorn(config)

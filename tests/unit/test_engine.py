@@ -101,7 +101,7 @@ def test_a_conversation_that_goes_on_is_answered_as_if_it_were_new(model: Any, e
         answer = engine.generate(ids, max_new_tokens=20)[0]
         assert list(answer.token_ids) == reference(model, ids, 20)
         ids = ids + list(answer.token_ids) + prompt(9, 100 + turn)
-    assert len(engine._cache) == 1, "each turn replaces the entry that it extends"
+    assert len(engine.prefix_cache) == 1, "each turn replaces the entry that it extends"
 
 
 def test_a_prompt_that_was_a_prefix_of_a_remembered_one(model: Any, engine: TorchEngine) -> None:
