@@ -23,6 +23,7 @@ COMMANDS = [
     "distill",
     "evaluate",
     "serve",
+    "view",
     "quickstart",
     "run",
     "doctor",
