@@ -18,7 +18,8 @@ const SORTS = {
 };
 const state = { runs: [], masked: false, run: 0, beside: -1, pinned: null, filters: {}, sort: "in order", query: "", found: null, rows: [], open: null, mask: false };
 let asked = 0; // number of the newest request for a detail; older answers are dropped
-let searched = 0;
+let searched = 0; // the same of a search
+let two = -1; // the run beside the first when the page is opened without an address
 
 const changeOf = (row) => {
   const here = row.result === "correct", there = row.other.result === "correct";
@@ -213,7 +214,8 @@ async function restore() {
   const said = new URLSearchParams(location.hash.slice(1));
   const named = (key) => state.runs.findIndex((run) => run.name === said.get(key));
   state.run = Math.max(0, named("run"));
-  state.beside = said.has("beside") ? named("beside") : state.beside;
+  state.beside = said.has("beside") ? named("beside") : two;
+  two = -1;
   state.filters = Object.fromEntries([...said].filter(([key]) => key.startsWith("f.") && key.slice(2) in FILTERS).map(([key, value]) => [key.slice(2), value]));
   state.sort = said.get("sort") in SORTS ? said.get("sort") : "in order";
   state.mask = said.get("mask") === "1";
@@ -302,7 +304,7 @@ document.addEventListener("keydown", (event) => {
 async function start() {
   try { const known = localStorage.getItem("agentkd-theme"); if (known) theme(known); } catch { /* none */ }
   read(await store.runs());
-  if (new URLSearchParams(location.search).has("two") && state.runs.length > 1) state.beside = 1;
+  if (new URLSearchParams(location.search).has("two") && state.runs.length > 1) two = 1;
   $("list").addEventListener("scroll", draw, { passive: true });
   addEventListener("resize", draw);
   addEventListener("hashchange", restore);

@@ -8,7 +8,7 @@ const visible = (text) => String(text ?? "").replace(/\r\n/g, "\n").replace(HIDD
 function el(name, className, ...children) {
   const made = document.createElement(name);
   if (className) made.className = className;
-  for (const child of children.flat()) {
+  for (const child of children.flat(Infinity)) {
     if (child !== null && child !== undefined && child !== false) made.append(child instanceof Node ? child : visible(child));
   }
   return made;
