@@ -58,7 +58,9 @@ def view(
             return
         print(f"{count} trajectories in {export} ({size / 2**20:.1f} MB)")
         if size > _BIG:
-            print("A browser takes long to open a page of this size; `agentkd view` without --export does not.")
+            print(
+                "A browser takes long to open a page of this size; `agentkd view` without --export does not."
+            )
         return
     with Viewer(opened, mask=chosen, port=port) as viewer:
         _serve(viewer, opened, two=len(runs) == 2 == len(opened), browser=browser, as_json=as_json)

@@ -64,7 +64,7 @@ def row_of(number: int, record: Record, verdict: str | None) -> list[Any]:
 
 
 def result_of(record: Record) -> str:
-    """"correct", "partial", "wrong", "not graded", "no gold" or "errored"."""
+    """ "correct", "partial", "wrong", "not graded", "no gold" or "errored"."""
     if _text(record.get("stop_reason")) in _ERRORS:
         return "errored"
     value = _number(_dict(record.get("score")).get("value"))

@@ -77,7 +77,8 @@ class Run:
                 self.rows, self._places, self.problems = [], [], []
                 for file in self.files:
                     file.read = file.lines = 0
-            return any([self._read(file) for file in self.files])
+            read = [self._read(file) for file in self.files]  # each, whatever came of the one before
+            return any(read)
 
     def _replaced(self, file: _File) -> bool:
         try:
@@ -187,12 +188,12 @@ def open_runs(paths: list[Path]) -> list[Run]:
             raise ConfigError(f"There is no {path}.", "Name a run folder or a trajectories.jsonl.")
         found = _runs_in(path)
         if not found:
-            raise DataError(f"{path} holds no run.", f"A run has a trajectories.jsonl or kept.jsonl. {_IMPORT}")
+            raise DataError(f"{path} holds no run.", _IMPORT)
         runs += found
     for run in runs:
         run.refresh()
         if run.problems and not run.rows:
-            raise DataError(f"{run.files[0].path}: nothing in it is a trajectory ({run.problems[0]})", _IMPORT)
+            raise DataError(f"{run.files[0].path}: no trajectory in it ({run.problems[0]})", _IMPORT)
     _name_apart(runs)
     return runs
 
@@ -236,4 +237,3 @@ def _name_apart(runs: list[Run]) -> None:
     for run in runs:
         if names.count(run.name) > 1:
             run.name = str(run.files[0].path.parent)
-

@@ -112,7 +112,9 @@ def _handler(viewer: Viewer) -> type[BaseHTTPRequestHandler]:
         timeout = 60
 
         def do_GET(self) -> None:
-            if self.headers.get("Host") not in {f"{name}:{viewer.port}" for name in ("127.0.0.1", "localhost")}:
+            if self.headers.get("Host") not in {
+                f"{name}:{viewer.port}" for name in ("127.0.0.1", "localhost")
+            }:
                 self._send(403, "text/plain", b"This server answers to its own address only.")
                 return
             url = urlsplit(self.path)

@@ -24,6 +24,7 @@ COMMANDS = [
     "evaluate",
     "serve",
     "view",
+    "report",
     "quickstart",
     "run",
     "doctor",
