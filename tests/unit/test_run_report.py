@@ -66,9 +66,8 @@ def test_a_recipes_folder_finds_students_groups_and_notes(tmp_path: Path) -> Non
 def test_what_is_unfinished_of_another_version_or_without_gold_is_said(tmp_path: Path) -> None:
     run = make_run(0, True)
     no_gold = make_run(1, True)
-    no_gold = no_gold.model_copy(
-        update={"task": no_gold.task.model_copy(update={"answer": None}), "score": None, "versions": {"agentkd": "9"}}
-    )  # fmt: skip
+    changed = {"task": no_gold.task.model_copy(update={"answer": None}), "score": None}
+    no_gold = no_gold.model_copy(update={**changed, "versions": {"agentkd": "9"}})
     folder = write_run(tmp_path / "a", [run, no_gold], closed=False)
     (folder / "tasks.jsonl").write_text("{}\n" * 5)
     other = json.dumps({**json.loads(run.model_dump_json()), "schema_version": 7})
