@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -12,12 +16,15 @@ from typing import Any
 import pytest
 
 from agentkd.errors import ConfigError, DataError, StorageError
+from agentkd.exchange import import_run
 from agentkd.filter import Dropped
 from agentkd.record import write_json, write_jsonl
 from agentkd.trajectory import Trajectory
 from agentkd.view import Viewer, export_page, open_runs
 from agentkd.view.row import COLUMNS
 from tests.unit.test_report import HOSTILE, make_run
+
+ROOT = Path(__file__).parents[2]
 
 
 def write_run(folder: Path, runs: list[Trajectory], *, closed: bool = True) -> Path:
@@ -160,3 +167,33 @@ def test_the_export_holds_everything_and_nothing_foreign_is_markup(tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         export_page(opened, tmp_path / "file" / "page.html")
+
+
+def test_the_command_serves_until_it_is_stopped(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", [make_run(0, True)])
+    command = [sys.executable, "-m", "agentkd", "view", str(tmp_path / "a"), "--no-browser", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = json.loads(process.stdout.readline())
+            assert get(said["url"] + "api/state") == [[1, False]]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("name", ["qa_musique_decomposition_100", "qa_reflexion_gpt3_react_hotpot"])
+def test_recorded_runs_of_others(name: str, tmp_path: Path) -> None:
+    path = (
+        Path(os.environ.get("AGENTKD_SHARED_DATA", ROOT.parent / "shared" / "data"))
+        / f"recorded/{name}.jsonl"
+    )
+    if not path.is_file():
+        pytest.skip(f"no {path}; set AGENTKD_SHARED_DATA")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    done = import_run(path, tmp_path / "run", "steps")
+    [run] = open_runs([tmp_path / "run"])
+    assert len(run.rows) == len(rows) == done.count
+    assert sum(cell(row, "result") == "correct" for row in run.rows) == done.correct
+    assert [run.detail(n)["task"]["question"] for n in range(len(rows))] == [row["question"] for row in rows]
