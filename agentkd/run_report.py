@@ -126,11 +126,13 @@ def _read(path: Path) -> tuple[list[Trajectory], list[str]]:
     problems: list[str] = []
     with boundary(DataError, f"reading {path}"), path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n") or not raw.strip():
-                continue  # the last line of a run that is still being written
+            if not raw.strip():
+                continue
             try:
                 found.append(Trajectory.model_validate_json(raw))
             except ValidationError as exc:
+                if not raw.endswith(b"\n"):
+                    continue  # the last line of a run that is still being written
                 first = exc.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
                 problems.append(f"line {number}: {where} {first['msg']}")

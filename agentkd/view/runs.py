@@ -10,6 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ context, or ``{"problem": why there are none}``."""
 _FILES = ("trajectories.jsonl", "errors.jsonl", "kept.jsonl", "dropped.jsonl")
 _DEEPEST = 3
 """Folders below the one that was named; a recipe's runs are in ``evaluate/NAME``."""
+_CHANGED = "The file has changed: load the list again."
 _IMPORT = (
     "Trajectories of other formats are shown once they are imported: "
     "agentkd import FILE --format NAME --out RUN."
@@ -94,7 +96,7 @@ class Run:
                 file.inode = os.fstat(lines.fileno()).st_ino
                 lines.seek(file.read)
                 for raw in lines:
-                    if not raw.endswith(b"\n"):
+                    if not raw.endswith(b"\n") and not _whole(raw):
                         break  # it is being written, or was torn by a crash
                     file.lines += 1
                     if raw.strip():
@@ -134,22 +136,30 @@ class Run:
         """
         if not 0 <= number < len(self._places):
             raise DataError(f"{self.name} has no trajectory {number}.", "Load the list again.")
-        return self._load(self._places[number])
-
-    def _load(self, place: _Place) -> Record:
-        with boundary(DataError, f"reading {place.path}", "The file has changed: load the list again."):
-            with place.path.open("rb") as file:
-                file.seek(place.offset)
-                value = _parse(file.read(place.length))
-            record: Record = value["trajectory"] if place.nested else value
-            return record
+        place = self._places[number]
+        with boundary(DataError, f"reading {place.path}", _CHANGED), place.path.open("rb") as file:
+            file.seek(place.offset)
+            return _record(place, file.read(place.length))
 
     def find(self, text: str) -> Iterator[int]:
         """Numbers of the trajectories in which a text stands, in any case of its letters."""
         wanted = text.casefold()
-        for number, place in enumerate(list(self._places)):
-            if any(wanted in part.casefold() for part in texts(self._load(place))):
+        escaped = json.dumps(wanted)[1:-1].encode()
+        for number, (place, raw) in enumerate(self._lines()):
+            # Most lines are passed over without being parsed: where all is ASCII, its bytes tell.
+            plain = raw.isascii() and b"\\u" not in raw and b"\\u" not in escaped
+            if plain and escaped not in raw.lower():
+                continue
+            if any(wanted in part.casefold() for part in texts(_record(place, raw))):
                 yield number
+
+    def _lines(self) -> Iterator[tuple[_Place, bytes]]:
+        places = list(self._places)
+        with boundary(DataError, f"searching {self.name}", _CHANGED), ExitStack() as stack:
+            files = {path: stack.enter_context(path.open("rb")) for path in {at.path for at in places}}
+            for place in places:
+                files[place.path].seek(place.offset)
+                yield place, files[place.path].read(place.length)
 
     def summary(self) -> dict[str, Any]:
         """What the page needs to list the run."""
@@ -164,6 +174,21 @@ class Run:
     def detail(self, number: int) -> Record:
         """One trajectory as the page shows it."""
         return shown(self.record(number))
+
+
+def _record(place: _Place, raw: bytes) -> Record:
+    with boundary(DataError, f"reading {place.path}", _CHANGED):
+        value = _parse(raw)
+        record: Record = value["trajectory"] if place.nested else value
+        return record
+
+
+def _whole(raw: bytes) -> bool:
+    """Whether a last line without its end lacks nothing else: no beginning of an object is JSON."""
+    try:
+        return isinstance(_parse(raw), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse(raw: bytes) -> Any:

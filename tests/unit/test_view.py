@@ -94,7 +94,7 @@ def test_records_of_other_versions_and_broken_lines(tmp_path: Path) -> None:
     lines = [json.dumps(older), json.dumps(odd), "{not json", '{"a": 1}', '"text"', json.dumps(new)]
     nan = json.dumps({**new, "seconds": float("nan"), "score": {"value": float("nan"), "scorer": "x"}})
     path = tmp_path / "mixed.jsonl"
-    path.write_text("\n".join([*lines, nan, '{"steps": [], "id": "\\ud800"}', ""]))
+    path.write_text("\n".join([*lines, nan, '{"steps": [], "id": "\\ud800"}']))  # and no line end
     [run] = open_runs([path])
     assert [cell(row, "id") for row in run.rows] == ["old", "7", "products-0#0", "products-0#0", "\ud800"]
     assert [re.split(r"[,:]", text)[1] for text in run.problems] == [" line 3", " line 4", " line 5"]
