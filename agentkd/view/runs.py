@@ -219,6 +219,8 @@ def open_runs(paths: list[Path]) -> list[Run]:
         run.refresh()
         if run.problems and not run.rows:
             raise DataError(f"{run.files[0].path}: no trajectory in it ({run.problems[0]})", _IMPORT)
+        if run.manifest is None and not run.rows:
+            raise DataError(f"{run.files[0].path} holds no finished trajectory.", _IMPORT)
     _name_apart(runs)
     return runs
 

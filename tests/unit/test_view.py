@@ -125,6 +125,12 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         open_runs([tmp_path / "chat.jsonl"])
 
 
+def test_a_file_without_a_finished_line(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("garbage")
+    with pytest.raises(DataError, match="no finished trajectory"):
+        open_runs([tmp_path / "x.jsonl"])
+
+
 def test_the_server(tmp_path: Path) -> None:
     runs = [make_run(i, i < 2, text=f"Straße number {i}") for i in range(3)]
     opened = open_runs([write_run(tmp_path / "a", runs)])
