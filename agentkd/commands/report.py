@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from agentkd.commands.console import Json, print_json
+from agentkd.commands.console import Json, print_json, working
 from agentkd.errors import ConfigError
 
 __all__ = ["register"]
@@ -45,7 +45,9 @@ def report(
     from agentkd.record import read_json
     from agentkd.run_report import report_runs
 
-    page = report_runs(runs, out, title=title, main=main, groups=_groups(group or []), paper=paper)
+    groups = _groups(group or [])
+    with working("Writing the report", as_json):
+        page = report_runs(runs, out, title=title, main=main, groups=groups, paper=paper)
     if as_json:
         print_json({"report": str(page), **read_json(page.with_name("report.json"))})
         return

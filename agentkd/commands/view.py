@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentkd.commands.console import Json, print_json, progress_bar
+from agentkd.commands.console import Json, print_json, progress_bar, working
 
 if TYPE_CHECKING:
     from agentkd.view import Mask, Run
@@ -46,8 +48,9 @@ def view(
     """Look at trajectories: search, filter, step by step, two runs side by side. Ctrl-C ends it."""
     from agentkd.view import Viewer, export_page, open_runs
 
-    opened = open_runs(runs)
-    chosen = _mask(mask)
+    with working("Reading", as_json):
+        opened = open_runs(runs)
+        chosen = _mask(mask)
     said = {run.name: len(run.rows) for run in opened}
     if export is not None:
         with _counted(sum(said.values()), as_json) as show:
@@ -93,16 +96,11 @@ def _mask(name: str | None) -> Mask | None:
     return learnt_tokens(name)
 
 
-def _counted(total: int, quiet: bool) -> Any:
-    from contextlib import contextmanager
-
-    @contextmanager
-    def counted() -> Any:
-        if quiet:
-            yield None
-            return
-        with progress_bar() as bar:
-            task = bar.add_task("export", total=total, note="")
-            yield lambda done: bar.update(task, completed=done)
-
-    return counted()
+@contextmanager
+def _counted(total: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    if quiet:
+        yield None
+        return
+    with progress_bar() as bar:
+        task = bar.add_task("export", total=total, note="")
+        yield lambda done: bar.update(task, completed=done)

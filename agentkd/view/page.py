@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agentkd.errors import StorageError, boundary
+from agentkd.view.row import as_json
 from agentkd.view.runs import Mask, Run
 
 __all__ = ["export_page", "page", "policy"]
@@ -115,7 +115,7 @@ def _block(name: str, value: Any) -> str:
 
 def embedded(value: Any) -> str:
     """JSON without a character that means something to HTML."""
-    text = json.dumps(value, allow_nan=False)
+    text = as_json(value)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from agentkd.trajectory import SCHEMA_VERSION, StopReason
 
-__all__ = ["COLUMNS", "Record", "result_of", "row_of", "shown", "texts", "version_note"]
+__all__ = ["COLUMNS", "Record", "as_json", "result_of", "row_of", "shown", "texts", "version_note"]
 
 Record = dict[str, Any]
 """One line of a file, as JSON."""
@@ -107,6 +109,22 @@ def texts(record: Record) -> Iterator[str]:
     for step in _dicts(record.get("steps")):
         yield from (_text(step.get("output")), _text(step.get("observation")))
         yield _text(_dict(step.get("failure")).get("message"))
+
+
+def as_json(value: Any) -> str:
+    """JSON that a browser takes: a number too large for one (1e999) is null."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _dict(value: Any) -> dict[str, Any]:

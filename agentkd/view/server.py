@@ -7,7 +7,6 @@ can ask it by a name that resolves to this machine). Whoever can log in here can
 from __future__ import annotations
 
 import gzip
-import json
 import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from agentkd.errors import AgentkdError, ConfigError, boundary
 from agentkd.view.page import page, policy
+from agentkd.view.row import as_json
 from agentkd.view.runs import Mask, Run
 
 __all__ = ["Viewer"]
@@ -128,7 +128,7 @@ def _handler(viewer: Viewer) -> type[BaseHTTPRequestHandler]:
                 status, value = 500, {"error": exc.message, "hint": exc.hint}
             except (KeyError, ValueError, IndexError):
                 status, value = 404, {"error": "There is no such thing here.", "hint": ""}
-            self._send(status, "application/json", json.dumps(value, allow_nan=False).encode())
+            self._send(status, "application/json", as_json(value).encode())
 
         def _send(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)
