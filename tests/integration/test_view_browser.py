@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agentkd.record import write_jsonl
-from agentkd.trajectory import Candidate, Failure, Trajectory
+from agentkd.trajectory import Candidate, Failure, Route, Trajectory
 from agentkd.view import Viewer, export_page, open_runs
 from tests.browser import chromium
 from tests.unit.test_report import HOSTILE, make_run
@@ -19,6 +19,7 @@ from tests.unit.test_view import write_run
 def sampled(run: Trajectory) -> Trajectory:
     first = run.steps[0].model_copy(
         update={
+            "route": Route(router="threshold", mode="allowed", direct=False, p_tool=0.83),
             "code": 'x = 3  # three\nfinal_answer("a" * x)',
             "candidates": (
                 Candidate(raw="a", code="final_answer(6)", outcome="6", votes=5, chosen=True),
@@ -46,30 +47,32 @@ def marked(record: dict[str, Any]) -> dict[str, Any]:
     return {"runs": [["seen", 0], [record["id"], 1]], "tokens": 2}
 
 
-def shown_id(page: Any) -> str:
-    page.wait_for_timeout(60)
-    return str(page.inner_text(".trajectory .where code"))
+def shows(page: Any, name: str) -> None:
+    """Wait until a trajectory is what is open."""
+    page.wait_for_selector(f'.trajectory .where code:text-is("{name}")')
 
 
 def test_keys_filters_search_and_links(two: list[Path], tmp_path: Path) -> None:
     with chromium() as page, Viewer(open_runs(two), mask=marked) as viewer:
         opened(page, viewer.url)
-        assert shown_id(page) == "products-0#0"
+        shows(page, "products-0#0")
         assert page.inner_text(".py-final") == "final_answer"
         assert page.inner_text(".candidates >> nth=0").startswith("2 candidates")
+        route = page.inner_text(".route >> nth=0")
+        assert route.startswith("used tools") and "p(tool) 0.83" in route
         page.keyboard.press("j")
         page.keyboard.press("ArrowDown")
-        assert shown_id(page) == "products-2#0"
+        shows(page, "products-2#0")
         page.keyboard.press("k")
-        assert shown_id(page) == "products-1#0"
+        shows(page, "products-1#0")
         page.keyboard.press("G")
-        assert shown_id(page) == "products-29#0"
+        shows(page, "products-29#0")
         page.keyboard.press("/")
         page.keyboard.type("Question 17 of")
         page.wait_for_selector("#count >> text=1 of 30")
         page.keyboard.press("Enter")
         page.keyboard.press("j")
-        assert shown_id(page) == "products-17#0"
+        shows(page, "products-17#0")
         page.keyboard.press("m")
         page.wait_for_selector(".mask .learnt >> text=products-17#0")
         link = page.url
@@ -82,7 +85,8 @@ def test_keys_filters_search_and_links(two: list[Path], tmp_path: Path) -> None:
         page.keyboard.press("Escape")
         page.goto("about:blank")
         opened(page, link)
-        assert (shown_id(page), page.input_value("#search")) == ("products-17#0", "Question 17 of")
+        shows(page, "products-17#0")
+        assert page.input_value("#search") == "Question 17 of"
         with (two[0] / "trajectories.jsonl").open("a") as file:
             file.write(make_run(99, True).model_dump_json() + "\n")
         page.wait_for_selector(".fresh")
