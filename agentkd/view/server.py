@@ -7,6 +7,7 @@ can ask it by a name that resolves to this machine). Whoever can log in here can
 from __future__ import annotations
 
 import gzip
+import sys
 import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,8 +44,7 @@ class Viewer:
         self.runs, self.mask = list(runs), mask
         self._mask_lock = threading.Lock()
         with boundary(ConfigError, f"opening port {port}", "Choose another --port, or none for a free one."):
-            self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
-        self._server.daemon_threads = True
+            self._server = _Server(("127.0.0.1", port), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
         self._thread.start()
 
@@ -103,6 +103,14 @@ class Viewer:
         if path == "/api/trajectory":
             return run.detail(number)
         raise KeyError(path)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # a page that was left is no error
+            super().handle_error(request, client_address)
 
 
 def _handler(viewer: Viewer) -> type[BaseHTTPRequestHandler]:
