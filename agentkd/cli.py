@@ -115,7 +115,14 @@ def filter_command(
     print(f"Next: agentkd distill {out / 'kept.jsonl'} --out student")
 
 
-for _commands in (adapt_command, distill_command, evaluate_command, report_command, serve_command, view_command):
+for _commands in (
+    adapt_command,
+    distill_command,
+    evaluate_command,
+    report_command,
+    serve_command,
+    view_command,
+):
     _commands.register(app)
 
 
