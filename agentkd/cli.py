@@ -15,8 +15,10 @@ from agentkd.commands import doctor
 from agentkd.commands import evaluate as evaluate_command
 from agentkd.commands import exchange as exchange_commands
 from agentkd.commands import merge as merge_command
+from agentkd.commands import report as report_command
 from agentkd.commands import retrieval as retrieval_commands
 from agentkd.commands import serve as serve_command
+from agentkd.commands import view as view_command
 from agentkd.commands.console import (
     Json,
     Out,
@@ -113,7 +115,14 @@ def filter_command(
     print(f"Next: agentkd distill {out / 'kept.jsonl'} --out student")
 
 
-for _commands in (adapt_command, distill_command, evaluate_command, serve_command):
+for _commands in (
+    adapt_command,
+    distill_command,
+    evaluate_command,
+    report_command,
+    serve_command,
+    view_command,
+):
     _commands.register(app)
 
 

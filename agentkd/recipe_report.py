@@ -6,10 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agentkd.evaluate import SystemResult, contamination, paired_difference
+from agentkd.evaluate import SystemResult, contamination
 from agentkd.filter import Filtered
 from agentkd.recipe import Recipe
 from agentkd.record import provenance, read_trajectories
+from agentkd.run_report import (
+    differences_from,
+    examples_of,
+    paper_rows,
+    tool_use_of,
+    training_losses,
+    write_viewer,
+)
 from agentkd.task import Task
 from agentkd.trajectory import Trajectory
 
@@ -45,27 +53,34 @@ def report_recipe(
     """
     from agentkd.report import write_report
 
-    labels = list(runs)
-    best = labels[-1] if labels[-1] != BASE else labels[0]
-    differences = {
-        f"agent-distilled minus {other}": paired_difference(runs["agent-distilled"][1], runs[other][1])
-        for other in labels
-        if other != "agent-distilled" and "agent-distilled" in runs
-    }
+    main = _main(recipe, list(runs))
+    made = {label: trajectories for label, (_, trajectories) in runs.items()}
+    results = [result for result, _ in runs.values()]
+    folders = {label: out / "evaluate" / label.replace(" ", "-") for label in runs}
     return write_report(
         out / "report",
         title=recipe.title,
-        results=[result for result, _ in runs.values()],
-        differences=differences,
+        results=results,
+        differences=differences_from(main, made),
         collection={kind: _collection(out, kind, filtered) for kind, filtered in kept.items()},
-        losses={name: _losses(student_folder(out, name)) for name in recipe.students},
+        losses={name: training_losses(student_folder(out, name)) for name in recipe.students},
         config=recipe.model_dump(mode="json"),
         versions=provenance()["versions"],
         notes=[*recipe.notes, _overlap(train, test)],
         served=served,
         next_steps=next_steps(recipe, out),
-        examples=_examples(runs[best][1]),
+        examples=examples_of(made[main]),
+        tool_use={label: tool_use_of(trajectories) for label, trajectories in made.items()},
+        published=paper_rows(results, [student.base for student in recipe.students.values()]),
+        viewer=write_viewer(out / "report", list(folders.values()), folders[main]),
     )
+
+
+def _main(recipe: Recipe, labels: Sequence[str]) -> str:
+    """The system that the others are compared with: the last agent, else the last student."""
+    agents = [name for name, student in recipe.students.items() if student.kind == "agent" and name in labels]
+    others = [label for label in labels if label != BASE]
+    return (agents or others or list(labels))[-1]
 
 
 def _overlap(train: Sequence[Task], test: Sequence[Task]) -> str:
@@ -80,24 +95,6 @@ def _collection(out: Path, kind: str, filtered: Filtered) -> dict[str, Any]:
         "kept": len(filtered.kept),
         "dropped": dict(filtered.reasons),
     }
-
-
-def _losses(folder: Path) -> list[tuple[int, float]]:
-    import json
-
-    path = folder / "loss.jsonl"
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [(row["step"], row["loss"]) for row in rows]
-
-
-def _examples(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """A right and a wrong one of every family, so that a reader sees both."""
-    chosen: dict[tuple[str, bool], Trajectory] = {}
-    for item in trajectories:
-        chosen.setdefault((item.task.family, item.correct), item)
-    return list(chosen.values())[:12]
 
 
 def next_steps(recipe: Recipe, out: Path) -> list[str]:

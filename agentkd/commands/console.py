@@ -27,6 +27,7 @@ __all__ = [
     "print_json",
     "progress_bar",
     "rollout_progress",
+    "working",
 ]
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it goes on.")]
@@ -84,6 +85,18 @@ def announce(sandbox: str | None) -> None:
         from agentkd.sandbox import LOCAL_WARNING
 
         print(f"Note: {LOCAL_WARNING}", file=sys.stderr)
+
+
+@contextmanager
+def working(what: str, quiet: bool) -> Iterator[None]:
+    """A spinner on stderr while something takes its time."""
+    if quiet:
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
 
 
 @contextmanager

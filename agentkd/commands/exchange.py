@@ -14,7 +14,7 @@ from agentkd.commands.console import Json, print_json, progress_bar
 
 __all__ = ["register"]
 
-_FORMATS = "chat, smolagents, reference, react, atif, datasets or steps; see docs/exchange.md."
+_FORMATS = "chat, smolagents, reference, react, atif, datasets, steps or inspect; see docs/exchange.md."
 _EXPORT = (
     "Examples:\n\n`agentkd export runs/maths --format chat --out maths-chat.jsonl`\n\n"
     "`agentkd export runs/maths/kept/kept.jsonl --format datasets --out maths-dataset`"

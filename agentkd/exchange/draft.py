@@ -214,3 +214,7 @@ class Format:
     so that Arrow needs no schema for it."""
     split: Callable[[str], list[str]] | None = None
     """Cuts a text file into transcripts."""
+    wrap: Callable[[list[Row]], Row] | None = None
+    """The one document that a ``.json`` file of this format is, around its rows."""
+    unwrap: Callable[[Row], list[Row]] | None = None
+    """The rows of such a document; raises KeyError, TypeError or ValueError for another."""

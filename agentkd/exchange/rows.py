@@ -26,12 +26,17 @@ _NEEDS = "Install it by: pip install 'agentkd[tasks]'."
 _WRITE_HINT = "Choose a place that can be written, or free some space, then run the same command again."
 
 
-def read_rows(path: Path, split: Callable[[str], list[str]] | None = None) -> Iterator[tuple[str, Row]]:
+def read_rows(
+    path: Path,
+    split: Callable[[str], list[str]] | None = None,
+    unwrap: Callable[[Row], list[Row]] | None = None,
+) -> Iterator[tuple[str, Row]]:
     """Read ``(where, row)``, where "line 3", "row 3" or the name of a file.
 
     Args:
         path: a file, or a folder of JSON files or of ``datasets``.
         split: cuts the text of a ``.txt`` file into those of its rows; each becomes ``{"text": ...}``.
+        unwrap: takes the rows out of a ``.json`` file that is one document.
 
     Raises:
         DataError: nothing there, empty, not UTF-8, not JSON, not an object, or a row too long.
@@ -41,7 +46,8 @@ def read_rows(path: Path, split: Callable[[str], list[str]] | None = None) -> It
         raise DataError(f"There is no file {path}.", "Check the path.")
     count = 0
     with boundary(DataError, f"reading {path}"):
-        for where, row in _read(path, split):
+        document = unwrap if path.suffix == ".json" else None
+        for where, row in _unwrapped(path, document) if document else _read(path, split):
             if not isinstance(row, dict):
                 raise DataError(
                     f"{path}, {where}: not a JSON object but {_kind(row)}.",
@@ -90,6 +96,17 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"row {number}", row
     else:
         yield "file", {"steps": value} if isinstance(value, list) else value
+
+
+def _unwrapped(path: Path, unwrap: Callable[[Row], list[Row]]) -> Iterator[tuple[str, Any]]:
+    for where, document in _read(path, None):
+        try:
+            rows = unwrap(document)
+        except (KeyError, TypeError, ValueError) as exc:
+            what = f"no {exc.args[0]!r}" if isinstance(exc, KeyError) else str(exc)
+            raise DataError(f"{path}, {where}: not such a document ({what}).", "See --format.") from exc
+        for number, row in enumerate(rows, 1):
+            yield f"sample {number}" if where == "file" else f"{where}, sample {number}", row
 
 
 def _is_memory(value: list[Any]) -> bool:
@@ -172,7 +189,13 @@ def container_of(path: Path, allowed: Iterable[Container]) -> Container:
     return chosen  # type: ignore[return-value]
 
 
-def write_rows(path: Path, container: Container, rows: Iterable[Row], name_key: str = "id") -> None:
+def write_rows(
+    path: Path,
+    container: Container,
+    rows: Iterable[Row],
+    name_key: str = "id",
+    wrap: Callable[[list[Row]], Row] | None = None,
+) -> None:
     """Write all rows under a temporary name, and rename it when all are there.
 
     Args:
@@ -180,6 +203,7 @@ def write_rows(path: Path, container: Container, rows: Iterable[Row], name_key: 
         container: see :func:`container_of`.
         rows: taken one by one where the container allows it.
         name_key: names the files of a folder of JSON files.
+        wrap: makes one document of all rows of a ``.json`` file.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -192,7 +216,11 @@ def write_rows(path: Path, container: Container, rows: Iterable[Row], name_key: 
     with boundary(StorageError, f"writing {path}", _WRITE_HINT):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _WRITERS[container](partial, rows, name_key)
+            if wrap is not None and container == ".json":
+                document = json.dumps(wrap(list(rows)), ensure_ascii=False) + "\n"
+                partial.write_text(document, encoding="utf-8")
+            else:
+                _WRITERS[container](partial, rows, name_key)
             if path.is_dir():
                 path.rmdir()  # empty, see above
             partial.replace(path)

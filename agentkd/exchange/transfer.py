@@ -16,6 +16,7 @@ from agentkd.exchange.arrow import DATASETS
 from agentkd.exchange.atif import ATIF
 from agentkd.exchange.chat import CHAT
 from agentkd.exchange.draft import Container, Format, Row
+from agentkd.exchange.inspect import INSPECT
 from agentkd.exchange.loss import differences, remainder, restore, row_differences
 from agentkd.exchange.memory import SMOLAGENTS
 from agentkd.exchange.react import REACT
@@ -30,7 +31,7 @@ from agentkd.trajectory import Trajectory
 __all__ = ["FORMATS", "Exported", "Imported", "export_run", "format_named", "import_run"]
 
 FORMATS: dict[str, Format] = {
-    item.name: item for item in (CHAT, SMOLAGENTS, REFERENCE, REACT, ATIF, DATASETS, STEPS)
+    item.name: item for item in (CHAT, SMOLAGENTS, REFERENCE, REACT, ATIF, DATASETS, STEPS, INSPECT)
 }
 """The formats by name."""
 
@@ -109,7 +110,7 @@ def export_run(
         if not result.count:
             raise DataError(f"{path} has no trajectories.", "Run agentkd collect first.")
 
-    write_rows(out, container, rows(), "trajectory_id" if form is ATIF else "id")
+    write_rows(out, container, rows(), "trajectory_id" if form is ATIF else "id", form.wrap)
     return result
 
 
@@ -230,7 +231,7 @@ def _imported(
 ) -> Iterator[Trajectory]:
     seen: dict[str, str] = {}
     runs: Counter[str] = Counter()
-    for where, row in read_rows(source, form.split):
+    for where, row in read_rows(source, form.split, form.unwrap):
         try:
             trajectory = gold.joined(_decoded(row, form, runs))
         except (KeyError, TypeError, ValueError, AttributeError, SyntaxError, IndexError) as exc:

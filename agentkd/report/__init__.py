@@ -16,9 +16,19 @@ from agentkd.errors import StorageError, boundary
 from agentkd.report.content import Collection, Content, ResultLike, plain
 from agentkd.report.markdown import render_markdown
 from agentkd.report.page import render_page
+from agentkd.report.published import PAPER_SETS, SIZES, Published, beside_published, size_of
 from agentkd.trajectory import Trajectory
 
-__all__ = ["Collection", "ResultLike", "write_report"]
+__all__ = [
+    "PAPER_SETS",
+    "SIZES",
+    "Collection",
+    "Published",
+    "ResultLike",
+    "beside_published",
+    "size_of",
+    "write_report",
+]
 
 
 def write_report(
@@ -35,6 +45,9 @@ def write_report(
     next_steps: Sequence[str] = (),
     examples: Sequence[Trajectory] = (),
     differences: Mapping[str, tuple[float, float, float, int]] | None = None,
+    tool_use: Mapping[str, Mapping[str, float]] | None = None,
+    published: Sequence[Published] = (),
+    viewer: str = "",
 ) -> Path:
     """Write ``index.html``, ``report.md`` and ``report.json`` into ``out_dir``, each atomically.
 
@@ -55,6 +68,9 @@ def write_report(
         examples: runs to show step by step, at most 12 of them.
         differences: ``(mean, low, high, n_pairs)`` of
             :func:`agentkd.evaluate.paired_difference`, by label, as in ``{"agent - cot": ...}``.
+        tool_use: of each system, the share of runs (0 to 1) that called a tool, by its name.
+        published: what the paper says of the same methods, see :func:`beside_published`.
+        viewer: address of a page of ``agentkd view`` beside the report, with ``#run=NAME`` of the examples.
 
     Returns:
         Path of ``index.html``.
@@ -75,6 +91,9 @@ def write_report(
         next_steps=next_steps,
         examples=examples,
         differences=differences or {},
+        tool_use=tool_use or {},
+        published=published,
+        viewer=viewer,
     )
     document = json.dumps(figures(content), indent=2, ensure_ascii=False, allow_nan=False)
     _write_text(out_dir / "report.json", document + "\n")
@@ -104,6 +123,8 @@ def figures(content: Content) -> dict[str, Any]:
                 label: counts.model_dump(exclude_none=True) for label, counts in content.collection.items()
             },
             "losses": content.losses,
+            "tool_use": content.tool_use,
+            "published": [row._asdict() for row in content.published],
             "served": content.served,
             "notes": content.notes,
             "next_steps": content.next_steps,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agentkd.errors import DataError
+from agentkd.report.published import Published
 from agentkd.trajectory import Trajectory
 
 __all__ = [
@@ -125,6 +126,11 @@ class Content:
     next_steps: tuple[str, ...]
     examples: tuple[Trajectory, ...]
     differences: dict[str, tuple[float, float, float, int]]
+    tool_use: dict[str, dict[str, float]]
+    """Share of a system's runs that called a tool, by system and tool."""
+    published: tuple[Published, ...]
+    viewer: str
+    """Address of the page that shows every trajectory; empty where there is none."""
 
     @classmethod
     def build(
@@ -141,6 +147,9 @@ class Content:
         next_steps: Sequence[str],
         examples: Sequence[Trajectory],
         differences: Mapping[str, tuple[float, float, float, int]],
+        tool_use: Mapping[str, Mapping[str, float]],
+        published: Sequence[Published],
+        viewer: str,
     ) -> Content:
         """Check and order what :func:`agentkd.report.write_report` was given."""
         labels = [result.label for result in results]
@@ -159,6 +168,9 @@ class Content:
             next_steps=tuple(next_steps),
             examples=tuple(examples[:EXAMPLES_SHOWN]),
             differences=dict(differences),
+            tool_use={label: dict(shares) for label, shares in tool_use.items()},
+            published=tuple(published),
+            viewer=viewer,
         )
 
     @property
@@ -210,6 +222,13 @@ class Content:
             unscored = [str(cell.unscored) for cell in cells]
             rows.append(("answers that could not be graded (count as wrong)", unscored))
         return rows
+
+    def published_rows(self) -> list[tuple[str, list[str]]]:
+        """The paper's means beside ours, as text."""
+        return [
+            (row.method, [f"{row.published:.2f}", number(row.measured, 2), row.label or "not run"])
+            for row in self.published
+        ]
 
     def caveats(self) -> list[str]:
         """What holds for the figures whatever the notes say."""

@@ -24,6 +24,12 @@ def render_markdown(content: Content) -> str:
         parts += ["## Cost and behaviour", _table(["", *content.labels], costs)]
     if content.differences:
         parts += ["## Paired differences", _difference_table(content)]
+    if content.published:
+        rows = [[method, *cells] for method, cells in content.published_rows()]
+        head = ["", "published (%)", "measured (%)", "system here"]
+        parts += ["## The paper's table", _table(head, rows)]
+    if content.tool_use:
+        parts += ["## Tool use", _tool_table(content)]
     if content.collection:
         parts += ["## Collection", _collection_table(content)]
     if content.losses:
@@ -82,6 +88,15 @@ def _collection_table(content: Content) -> str:
         correct = "\u2013" if counts.correct is None else str(counts.correct)
         rows.append([name(label), str(counts.collected), correct, str(counts.kept), dropped or "none"])
     return _table(["", "collected", "correct", "kept", "dropped"], rows)
+
+
+def _tool_table(content: Content) -> str:
+    tools = list(dict.fromkeys(tool for shares in content.tool_use.values() for tool in shares))
+    rows = [
+        [name(tool), *(percent(content.tool_use[label].get(tool)) for label in content.tool_use)]
+        for tool in tools
+    ]
+    return _table(["runs that called", *map(name, content.tool_use)], rows)
 
 
 def _loss_table(content: Content) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from importlib import resources
 from typing import Any
+from urllib.parse import quote
 
 from agentkd.report.content import Content, clean, name, number, percent, plain, signed_points
 from agentkd.report.plots import INSTALL_HINT, Plot, draw_plots, series_colours
@@ -37,7 +38,10 @@ def render_page(content: Content) -> str:
         plots=plots,
         plot_problem=problem,
         headline=_headline(content),
-        examples=[_example(trajectory) for trajectory in content.examples],
+        examples=[
+            {**_example(trajectory), "link": content.viewer and f"{content.viewer}&id={quote(trajectory.id)}"}
+            for trajectory in content.examples
+        ],
         config=clean(json.dumps(plain(content.config), indent=2, ensure_ascii=False), CONFIG_LIMIT),
         style=style,
         script=script,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,7 @@ _INK, _MUTED, _LINE, *_SERIES, _GOOD, _BAD = _VARIABLES
 _WIDTH = 6.8
 """Inches; at 72 units an inch this is about the width of a half-width card in CSS pixels."""
 _FULL_WIDTH = 13.8
+_OUTCOMES = ("correct", "wrong answer", "errored")
 _FADED = {"linewidth": 2.4, "alpha": 0.55}
 _STYLE = {
     "svg.fonttype": "none",
@@ -83,7 +84,15 @@ def draw_plots(content: Content) -> list[Plot]:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        plots = [_accuracy(content), _cost(content), _losses(content), _collection(content)]
+        plots = [
+            _accuracy(content),
+            _cost(content),
+            _losses(content),
+            _endings(content),
+            _failures(content),
+            _tools(content),
+            _collection(content),
+        ]
     return [plot for plot in plots if plot is not None]
 
 
@@ -242,6 +251,94 @@ def _curve_colours(curves: Sequence[str], systems: Sequence[str]) -> list[str]:
         free = [colour for colour in [*named, *_SERIES[1:], *_SERIES] if colour not in chosen]
         chosen.append(free[0] if free else _INK)
     return chosen
+
+
+def _endings(content: Content) -> Plot | None:
+    """Of all runs that count: right, wrong, and those that ended without an answer, by how."""
+    kinds = _per_hundred(content, _outcomes)
+    if not kinds:
+        return None
+    order = ["correct", "wrong answer", *(kind for kind in kinds if kind not in _OUTCOMES), "errored"]
+    kinds = {kind: kinds[kind] for kind in order if kind in kinds}
+    caption = "How runs ended: share of all runs of each system, errored ones included."
+    colours = {"correct": _GOOD, "wrong answer": _BAD, "errored": _MUTED}
+    return _grouped_bars(content, kinds, "endings", "How runs ended", caption, colours)
+
+
+def _failures(content: Content) -> Plot | None:
+    kinds = _per_hundred(content, lambda cell: cell.failures)
+    if not kinds:
+        return None
+    caption = "Failures on the way, per 100 runs of each system; one run can have several."
+    return _grouped_bars(content, kinds, "failures", "Kinds of failure", caption, {}, unit="")
+
+
+def _per_hundred(content: Content, counts: Callable[[CellLike], Mapping[str, int]]) -> dict[str, list[float]]:
+    """By kind, for each system: how often per 100 of its runs, errored ones included."""
+    kinds: dict[str, list[float]] = {}
+    systems = [result.overall for result in content.results]
+    for at, cell in enumerate(systems):
+        for kind, count in counts(cell).items():
+            kinds.setdefault(kind, [0.0] * len(systems))[at] = 100 * count / (cell.n + cell.errors)
+    return kinds
+
+
+def _outcomes(cell: CellLike) -> dict[str, int]:
+    answered = cell.stop_reasons.get("final_answer", 0)
+    others = {kind: count for kind, count in cell.stop_reasons.items() if kind != "final_answer"}
+    unanswered = cell.n - answered
+    shown = {"correct": cell.correct, "wrong answer": answered - cell.correct}
+    for kind, count in others.items():
+        if unanswered > 0 and not kind.endswith("_error") and kind != "cancelled":
+            shown[kind.replace("_", " ")] = count
+    shown["errored"] = cell.errors
+    return {kind: count for kind, count in shown.items() if count > 0}
+
+
+def _tools(content: Content) -> Plot | None:
+    tools = list(dict.fromkeys(tool for shares in content.tool_use.values() for tool in shares))
+    labels = [result.label for result in content.results]
+    if not tools or not labels:
+        return None
+    shares = {
+        tool: [100 * content.tool_use.get(label, {}).get(tool, 0.0) for label in labels] for tool in tools
+    }
+    caption = "Tool use: share of each system's runs in which the code called the tool at least once."
+    return _grouped_bars(content, shares, "tools", "Tool use", caption, {})
+
+
+def _grouped_bars(
+    content: Content,
+    values: dict[str, list[float]],
+    key: str,
+    title: str,
+    caption: str,
+    colours: dict[str, str],
+    unit: str = "%",
+) -> Plot:
+    """Horizontal bars: a group for each kind, in it a bar for each system."""
+    largest = 100.0 if unit else max(max(found) for found in values.values())
+    series = _colours(len(content.results))
+    slot = 0.17 * len(series) + 0.2
+    with _figure(max(1.6, slot * len(values) + 0.9)) as (figure, axes):
+        thick = 0.74 / len(series)
+        for at, (label, colour) in enumerate(zip(content.labels, series, strict=True)):
+            places = [group + (at - (len(series) - 1) / 2) * thick for group in range(len(values))]
+            shares = [found[at] for found in values.values()]
+            axes.barh(places, shares, height=thick * 0.86, color=colour, label=label)
+            for place, share in zip(places, shares, strict=True):
+                if share:
+                    shown = percent(share / 100) if unit else number(share, 0 if share >= 10 else 1)
+                    axes.text(share + largest / 100, place, shown, va="center", color=_MUTED, fontsize=10)
+        axes.set_yticks(range(len(values)), [name(kind, 26) for kind in values])
+        for tick, kind in zip(axes.get_yticklabels(), values, strict=True):
+            tick.set_color(colours.get(kind, _INK))
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.set_xlim(0, 1.12 * largest)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        _legend(figure, axes)
+        return Plot(key, title, caption, _svg(figure, key, caption))
 
 
 def _collection(content: Content) -> Plot | None:

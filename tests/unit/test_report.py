@@ -158,7 +158,7 @@ def test_page_says_it_all(tmp_path: Path, everything: dict[str, Any]) -> None:
         assert part in text
     assert "offline expert (programmatic)" in text
     assert "execution failure: I multiply." in text
-    assert [tag for tag, _ in page.tags].count("svg") == 4
+    assert [tag for tag, _ in page.tags].count("svg") == 6
     assert "could not be drawn" not in text
 
 
