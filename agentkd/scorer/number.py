@@ -17,9 +17,10 @@ LONGEST = 300
 """Characters of a text that may still be a number."""
 
 _PLAIN = r"[+-]?\s?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+_POWER = r" ?(?:x|×|\*|\\times|\\cdot) ?10\^\{?(?P<ten>-?[0-9]{1,3})\}?"
 _QUANTITY = re.compile(
-    rf"(?P<mixed>[+-]?[0-9]+ [0-9]+/[0-9]+)(?P<u1>.*)|(?P<ratio>[+-]?[0-9]+ ?/ ?[0-9]+)(?P<u2>.*)"
-    rf"|(?P<number>{_PLAIN}(?:[eE][+-]?[0-9]{{1,3}}(?![0-9]))?)(?P<power> ?(?:x|×|\*|\\times|\\cdot) ?10\^\{{?(?P<ten>-?[0-9]{{1,3}})\}}?)?(?P<u3>.*)"
+    r"(?P<mixed>[+-]?[0-9]+ [0-9]+/[0-9]+)(?P<u1>.*)|(?P<ratio>[+-]?[0-9]+ ?/ ?[0-9]+)(?P<u2>.*)"
+    rf"|(?P<number>{_PLAIN}(?:[eE][+-]?[0-9]{{1,3}}(?![0-9]))?)(?:{_POWER})?(?P<u3>.*)"
 )
 _THOUSANDS = re.compile(r"([+-]?)([0-9]{1,3}(?:([, _])[0-9]{3})(?:\3[0-9]{3})*)(?![0-9,_])(.*)", re.DOTALL)
 _MULTIPLES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
