@@ -10,12 +10,14 @@ import typer
 
 from agentkd.commands import adapt as adapt_command
 from agentkd.commands import collect as collect_command
+from agentkd.commands import compare as compare_command
 from agentkd.commands import distill as distill_command
 from agentkd.commands import doctor
 from agentkd.commands import evaluate as evaluate_command
 from agentkd.commands import exchange as exchange_commands
 from agentkd.commands import merge as merge_command
 from agentkd.commands import retrieval as retrieval_commands
+from agentkd.commands import score as score_command
 from agentkd.commands import serve as serve_command
 from agentkd.commands.console import (
     Json,
@@ -113,7 +115,14 @@ def filter_command(
     print(f"Next: agentkd distill {out / 'kept.jsonl'} --out student")
 
 
-for _commands in (adapt_command, distill_command, evaluate_command, serve_command):
+for _commands in (
+    adapt_command,
+    distill_command,
+    evaluate_command,
+    compare_command,
+    score_command,
+    serve_command,
+):
     _commands.register(app)
 
 
