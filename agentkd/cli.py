@@ -19,6 +19,7 @@ from agentkd.commands import merge as merge_command
 from agentkd.commands import retrieval as retrieval_commands
 from agentkd.commands import score as score_command
 from agentkd.commands import serve as serve_command
+from agentkd.commands import study as study_command
 from agentkd.commands.console import (
     Json,
     Out,
@@ -121,6 +122,7 @@ for _commands in (
     evaluate_command,
     compare_command,
     score_command,
+    study_command,
     serve_command,
 ):
     _commands.register(app)
