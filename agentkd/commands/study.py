@@ -76,7 +76,7 @@ def memorisation(
         f"{found.n} training trajectories: median perplexity {found.perplexity:.3f}, bits / zlib bits ",
         end="",
     )
-    print(f"{found.zlib_ratio:.3f}, extractable {found.extractable}")
+    print(f"{found.zlib_ratio:.3g}, extractable {found.extractable}")
     if found.by_perplexity and found.by_zlib:
         print(
             f"{found.held_out} others: {found.held_out_perplexity:.3f}, extractable {found.held_out_extractable}"
@@ -84,7 +84,7 @@ def memorisation(
         for name, told in (("perplexity", found.by_perplexity), ("zlib", found.by_zlib)):
             print(f"Membership told by {name}: AUC {told.auc:.3f} [{told.low:.3f}, {told.high:.3f}]")
     for item in found.most[:5]:
-        print(f"  most at risk: {item.id} (ratio {item.zlib_ratio:.3f}, {item.verbatim} tokens verbatim)")
+        print(f"  most at risk: {item.id} (ratio {item.zlib_ratio:.3g}, {item.verbatim} tokens verbatim)")
 
 
 def faithfulness(

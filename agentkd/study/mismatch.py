@@ -1,8 +1,8 @@
 """Does the answer follow from what was thought and seen?
 
-Two signs that it does not, both read off the record without a model: the last thought states another answer
-than the one given (think-answer mismatch), or the answer stands in no observation, thought, tool result or
-in the question (unsupported).
+Two signs that it does not, both read off the record without a model: the last statement of the last thought
+("... is X", "... = X") is not the answer given (think-answer mismatch), or the answer stands in no
+observation, thought, tool result or in the question, and was not computed either (unsupported).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["MismatchStudy", "study_mismatch"]
 
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?![\w])")
 _STATED = re.compile(
-    r"(?:answer|result|total|sum|product|value|it|which|that)\s+(?:is|equals|=)\s+(?:\*\*)?[\"']?([^\n\"'*]{1,80})",
-    re.IGNORECASE,
+    r"(?:\b(?:is|are|was|were|equals)|=)\s+[\"'*]*([^\n=\"'*]{1,80}?)(?=[\"'*]*(?:[,;]|\.\s|\.?$|=))", re.M
 )
+_POINTING = re.compile(r",?\s*(?:so\s+)?(?:that|this|it|which) is the (?:final )?answer\b", re.IGNORECASE)
 
 
 class MismatchStudy(BaseModel):
@@ -74,7 +74,7 @@ def _mismatch(run: Trajectory) -> bool | None:
     thought = run.steps[-1].thought
     if run.kind == "cot":  # the line "Answer: ..." is the answer, not the thought
         thought = re.split(r"(?im)^\W*(?:final )?answer\W*:", thought)[0]
-    stated = [found.strip(" .") for found in _STATED.findall(thought)]
+    stated = [found.strip(" .") for found in _STATED.findall(_POINTING.sub("", thought))]
     if not stated:
         return None
     last = stated[-1]
@@ -101,8 +101,8 @@ def _supported(run: Trajectory) -> bool:
 def _computed(run: Trajectory) -> bool:
     """Whether the last code passes something else than a constant to ``final_answer``."""
     code = run.steps[-1].code or ""
-    found = re.search(r"final_answer\s*\(\s*(.+?)\s*\)\s*\Z", code.strip(), re.DOTALL)
-    return found is not None and not re.fullmatch(r"[+-]?[\d.,]+|([\"']).*\1", found.group(1), re.DOTALL)
+    given = re.findall(r"final_answer\s*\(\s*([^\n]+?)\s*\)\s*$", code, re.MULTILINE)
+    return any(not re.fullmatch(r"[+-]?[\d.,]+|([\"']).*\1", item) for item in given)
 
 
 def _contains(text: str, answer: str) -> bool:
