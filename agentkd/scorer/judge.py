@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from agentkd.errors import ProviderError
+from agentkd.model import provider_error
 from agentkd.record import AppendLog, iter_jsonl
 from agentkd.scorer.text import golds
 from agentkd.task import Task
@@ -84,9 +85,11 @@ class Judge:
         return Score(value=kept.value, scorer="judge", reason=f"{name}: {kept.reply}")
 
     def _ask(self, key: str, name: str, text: str) -> _Kept:
-        reply = str(
-            self.model.generate([{"role": "user", "content": [{"type": "text", "text": text}]}]).content
-        )
+        try:
+            answer = self.model.generate([{"role": "user", "content": [{"type": "text", "text": text}]}])
+        except Exception as exc:
+            raise provider_error(exc) from exc
+        reply = str(answer.content)
         verdicts = {found.group(0).upper() for found in _VERDICT.finditer(reply)}
         if len(verdicts) != 1:
             raise ProviderError(f"The judge's reply is no verdict: {reply[:200]!r}.", "Use a stronger judge.")
