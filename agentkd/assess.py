@@ -10,8 +10,8 @@ from typing import Any
 from agentkd.agent_config import AgentConfig
 from agentkd.errors import ConfigError
 from agentkd.evaluate import SystemResult, comparison_table, run_evaluation
-from agentkd.evaluate.routing import RoutingResult, compare_routers, routing_table, tuned_router
 from agentkd.evaluate.overlap import Overlap, overlaps
+from agentkd.evaluate.routing import RoutingResult, compare_routers, routing_table, tuned_router
 from agentkd.record import read_trajectories, write_json
 from agentkd.retrieval.source import open_corpus
 from agentkd.rollouts import Progress
