@@ -40,7 +40,8 @@ class Workers:
 
     Args:
         count: processes, at most.
-        cpu_seconds: CPU time of one comparison; in wall-clock time it has ten times that.
+        cpu_seconds: CPU time of one comparison; in wall-clock time it has twenty times that, the start of
+            its worker included.
     """
 
     def __init__(self, count: int | None = None, cpu_seconds: int = CPU_SECONDS) -> None:
@@ -91,8 +92,8 @@ class Workers:
         # A poll and not a read: what hangs without using CPU is noticed, too.
         poll = select.poll()
         poll.register(worker.stdout, select.POLLIN | select.POLLHUP)
-        if not poll.poll(10_000 * self.cpu_seconds):
-            return Reply(problem=f"no verdict after {10 * self.cpu_seconds} s"), False
+        if not poll.poll(20_000 * self.cpu_seconds):
+            return Reply(problem=f"no verdict after {20 * self.cpu_seconds} s"), False
         line = worker.stdout.readline()
         if not line.endswith(b"\n"):
             return Reply(problem=self._why(worker)), False
