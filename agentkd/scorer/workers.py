@@ -26,6 +26,18 @@ CPU_SECONDS = 3
 MEMORY = 2 << 30
 """Bytes of address space of a worker."""
 
+_ENVIRONMENT = (
+    "PATH",
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+)
+"""What a worker sees of the environment; it reads what a model wrote, so no key is among it."""
+
 
 class Reply(NamedTuple):
     """What came of one comparison."""
@@ -75,7 +87,7 @@ class Workers:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the program
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )
         with self._lock:
             self._alive.add(worker)
