@@ -77,6 +77,7 @@ def agent_factory(
     *,
     gate: Gate | None = None,
     temperatures: Sequence[float] = (),
+    seed: int | None = None,
 ) -> Callable[[Task, int], StepAgent]:
     """A function that makes a fresh agent for ``(task, sample)``; the model is shared by all.
 
@@ -86,13 +87,16 @@ def agent_factory(
         model: a model already at hand, instead of the endpoint.
         gate: what stands before the endpoint; one of its own by default.
         temperatures: of the samples of a task, in turn; the one of ``config`` by default.
+        seed: of what the model samples, where it takes one.
     """
     from agentkd.agent import build_agent
 
     if model is not None:
-        models = [model]
+        models = [model.seeded(seed) if seed is not None and hasattr(model, "seeded") else model]
     else:
-        models = [_model(config, gate, temperature) for temperature in temperatures or (config.temperature,)]
+        models = [
+            _model(config, gate, temperature, seed) for temperature in temperatures or (config.temperature,)
+        ]
 
     def make(task: Task, sample: int) -> StepAgent:
         return build_agent(
@@ -111,7 +115,7 @@ def agent_factory(
     return make
 
 
-def _model(config: AgentConfig, gate: Gate | None, temperature: float) -> Model:
+def _model(config: AgentConfig, gate: Gate | None, temperature: float, seed: int | None = None) -> Model:
     from agentkd.model import openai_model
 
     assert config.api_base is not None, "an endpoint or a model is needed"
@@ -123,4 +127,5 @@ def _model(config: AgentConfig, gate: Gate | None, temperature: float) -> Model:
         gate=gate,
         temperature=temperature,
         max_tokens=config.max_tokens,
+        **({} if seed is None else {"seed": seed}),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,15 @@ from typing import Any
 from agentkd.agent_config import AgentConfig
 from agentkd.errors import ConfigError
 from agentkd.evaluate import SystemResult, comparison_table, run_evaluation
+from agentkd.evaluate.overlap import Overlap, overlaps
 from agentkd.evaluate.routing import RoutingResult, compare_routers, routing_table, tuned_router
+from agentkd.record import read_trajectories, write_json
 from agentkd.retrieval.source import open_corpus
 from agentkd.rollouts import Progress
 from agentkd.router import RouterConfig, parse_router
 from agentkd.sampler import SamplerConfig
+from agentkd.spend import Price, load_prices, published_price
+from agentkd.task import Task
 from agentkd.taskset import load_taskset
 from agentkd.test_time import TestTime, load_test_time, save_test_time
 
@@ -43,6 +47,9 @@ def assess(
     router: str | None,
     target_tokens: float | None,
     save: bool,
+    runs: int = 1,
+    prices: Path | None = None,
+    trained_on: Path | None = None,
     on_progress: Callable[[Progress], None] | None,
 ) -> tuple[SystemResult | RoutingResult, Any]:
     """What ``agentkd evaluate`` does; returns the figures and a table of them.
@@ -51,6 +58,9 @@ def assess(
         actions, router: sampler and router instead of those in the student's folder.
         target_tokens: with ``router="all"``, what a question may cost on average.
         save: keep the sampler and the router, the tuned one if all were compared, in that folder.
+        runs: of each task, each with a seed of its own.
+        prices: table of US dollars by model, for the cost.
+        trained_on: training trajectories; test questions that stand among them go to ``overlap.json``.
         on_progress: told of each result. The others are as in the command.
 
     Raises:
@@ -65,6 +75,8 @@ def assess(
     taskset = load_taskset(tasks, split, n, seed)
     retriever = open_corpus(corpus, taskset.passages).retriever
     compare = router == ALL_ROUTERS
+    if compare and (runs > 1 or trained_on is not None):
+        raise ConfigError("Routers are compared on one run.", "Leave --runs and --trained-on out.")
     if save and student is None:
         raise ConfigError("An endpoint has no folder to save in.", "Leave --save-test-time out.")
     if target_tokens is not None and not compare:
@@ -93,7 +105,20 @@ def assess(
 
         if not compare:
             same = test_time.model_dump(mode="json")
-            result, _ = run_evaluation(label, taskset.tasks, source, out, same=same, **shared)
+            result, _ = run_evaluation(
+                label,
+                taskset.tasks,
+                source,
+                out,
+                same=same,
+                samples=runs,
+                seed=seed,
+                prices=_prices(prices, model, api_base),
+                **shared,
+            )
+            if trained_on is not None:
+                found_twice = [item._asdict() for item in _overlap(trained_on, taskset.tasks)]
+                write_json(out / "overlap.json", found_twice)
             if save:
                 save_test_time(str(student), test_time)
             return result, comparison_table([result])
@@ -103,6 +128,20 @@ def assess(
     if save:
         save_test_time(str(student), test_time.model_copy(update={"router": tuned}))
     return found, routing_table(found, tuned)
+
+
+def _prices(table: Path | None, model: str | None, api_base: str | None) -> dict[str, Price]:
+    """What a table says, else what the provider publishes; a model of one's own has no price."""
+    known = load_prices(table) if table is not None else {}
+    if model is not None and api_base is not None and model not in known:
+        published = published_price(model, api_base)
+        return {**known, model: published} if published else known
+    return known
+
+
+def _overlap(trained_on: Path, tasks: Sequence[Task]) -> list[Overlap]:
+    path = trained_on / "trajectories.jsonl" if trained_on.is_dir() else trained_on
+    return overlaps([run.task for run in read_trajectories(path)], tasks)
 
 
 def _test_time(student: str | None, actions: int | None, router: str | None, seed: int) -> TestTime:

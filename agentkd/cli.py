@@ -10,6 +10,7 @@ import typer
 
 from agentkd.commands import adapt as adapt_command
 from agentkd.commands import collect as collect_command
+from agentkd.commands import compare as compare_command
 from agentkd.commands import distill as distill_command
 from agentkd.commands import doctor
 from agentkd.commands import evaluate as evaluate_command
@@ -17,7 +18,9 @@ from agentkd.commands import exchange as exchange_commands
 from agentkd.commands import merge as merge_command
 from agentkd.commands import report as report_command
 from agentkd.commands import retrieval as retrieval_commands
+from agentkd.commands import score as score_command
 from agentkd.commands import serve as serve_command
+from agentkd.commands import study as study_command
 from agentkd.commands import view as view_command
 from agentkd.commands.console import (
     Json,
@@ -120,6 +123,9 @@ for _commands in (
     distill_command,
     evaluate_command,
     report_command,
+    compare_command,
+    score_command,
+    study_command,
     serve_command,
     view_command,
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -71,6 +72,14 @@ def evaluate(
         bool,
         typer.Option("--save-test-time", help="Keep --actions and --router in the student's folder."),
     ] = False,
+    runs: Annotated[
+        int, typer.Option(min=1, max=1024, help="Runs of each task, by the seeds --seed, --seed + 1, ...")
+    ] = 1,
+    prices: Annotated[Path | None, typer.Option(help="US dollars a million tokens by model, TOML.")] = None,
+    trained_on: Annotated[
+        Path | None,
+        typer.Option(help="Training trajectories: test questions that stand among them go to overlap.json."),
+    ] = None,
     workers: Workers = 32,
     seed: int = 0,
     as_json: Json = False,
@@ -98,6 +107,9 @@ def evaluate(
             router=router,
             target_tokens=target_tokens,
             save=save_test_time,
+            runs=runs,
+            prices=prices,
+            trained_on=trained_on,
             on_progress=show,
         )
     if as_json:
@@ -106,3 +118,8 @@ def evaluate(
     from rich.console import Console
 
     Console().print(table)
+    if trained_on is not None:
+        import json
+
+        found = json.loads((out / "overlap.json").read_text(encoding="utf-8"))
+        print(f"{len(found)} test questions overlap with the training questions; see {out / 'overlap.json'}.")

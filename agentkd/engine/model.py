@@ -28,6 +28,7 @@ class EngineModel(Model):
         model_id: the name that trajectories record.
         max_tokens: sampled tokens of one call, unless the call says otherwise.
         temperature: 0 is greedy.
+        seed: of the samples of a call that names none; random by default.
 
     Attributes:
         on_token: see :meth:`agentkd.engine.Engine.generate`.
@@ -43,12 +44,27 @@ class EngineModel(Model):
         *,
         max_tokens: int = 512,
         temperature: float = 0.0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(model_id=model_id)
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.temperature = temperature
+        self.seed = seed
+
+    def seeded(self, seed: int) -> EngineModel:
+        """The same model, whose samples are drawn by a seed."""
+        model = EngineModel(
+            self.engine,
+            self.tokenizer,
+            self.model_id,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=seed,
+        )
+        model.on_token = self.on_token
+        return model
 
     def generate(
         self, messages: list[Any], stop_sequences: list[str] | None = None, **options: Any
@@ -64,7 +80,7 @@ class EngineModel(Model):
             max_new_tokens=options.get("max_tokens", self.max_tokens),
             temperature=options.get("temperature", self.temperature),
             top_p=options.get("top_p", 1.0),
-            seed=options.get("seed"),
+            seed=options.get("seed", self.seed),
             stop=tuple(stop_sequences or ()),
             on_token=self.on_token,
         )

@@ -20,12 +20,14 @@ import random
 import statistics
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from agentkd.errors import ConfigError
+from agentkd.evaluate.measures import Measures, measure
+from agentkd.spend import Price
 from agentkd.task import Task
 from agentkd.trajectory import Trajectory
 
@@ -105,6 +107,8 @@ class SystemResult(_Result):
     """By family, then by :attr:`Task.level`."""
     groups: dict[str, Cell]
     """Families pooled under the names given to :func:`summarise`."""
+    measures: Measures | None = None
+    """Figures of several runs, latency, cost and calibration; None in files of older versions."""
 
 
 class PairedDifference(NamedTuple):
@@ -156,7 +160,11 @@ def latest_runs(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
 
 
 def summarise(
-    label: str, trajectories: Iterable[Trajectory], groups: Mapping[str, Sequence[str]] | None = None
+    label: str,
+    trajectories: Iterable[Trajectory],
+    groups: Mapping[str, Sequence[str]] | None = None,
+    *,
+    price: Price | None = None,
 ) -> SystemResult:
     """All figures of one system.
 
@@ -165,6 +173,7 @@ def summarise(
         trajectories: its runs.
         groups: families to pool, as in ``{"arithmetic (pooled)": ["products", "lcm"]}``. A group
             of which no family was run is left out.
+        price: of the model, for the cost.
     """
     runs = latest_runs(trajectories)
     families: dict[str, list[Trajectory]] = defaultdict(list)
@@ -184,6 +193,7 @@ def summarise(
             for name, by_level in levels.items()
         },
         groups={name: _cell(members) for name, members in pooled.items() if members},
+        measures=measure(runs, price),
     )
 
 
@@ -330,6 +340,7 @@ def comparison_table(results: Sequence[SystemResult], *, title: str | None = Non
     row("  of which sampled", [_number(cell.output_tokens_per_task, 0) for cell in cells])
     row("median seconds/task", [_number(cell.seconds_per_task, 2) for cell in cells])
     row("steps/task", [_number(cell.steps_per_task, 1) for cell in cells])
+    _add_measures(row, [result.measures for result in results])
     if any(cell.errors for cell in cells):
         row("errored runs (not in n)", [cell.errors for cell in cells], "yellow")
     if any(cell.unscored for cell in cells):
@@ -337,6 +348,29 @@ def comparison_table(results: Sequence[SystemResult], *, title: str | None = Non
     if len({cell.tasks for cell in cells}) > 1:
         table.caption = "The systems ran different numbers of tasks; compare them on the tasks they share."
     return table
+
+
+def _add_measures(row: Callable[[str, Iterable[object]], None], all_measures: list[Measures | None]) -> None:
+    """The lines that only some evaluations have."""
+    found = [item or Measures(runs=0) for item in all_measures]
+    for k in sorted({k for item in found for k in item.pass_at if k > 1}):
+        row(f"pass@{k}", [_number(_hundred(item.pass_at.get(k)), 1) for item in found])
+    if any(item.runs > 1 for item in found):
+        row(
+            "accuracy of each run",
+            [" ".join(f"{100 * it:.0f}" for it in item.run_accuracies) for item in found],
+        )
+    if any(item.cost_per_task is not None for item in found):
+        row("US dollars/task", [_number(item.cost_per_task, 5) for item in found])
+    if any(item.calibration for item in found):
+        row(
+            "calibration error",
+            [_number(item.calibration.ece if item.calibration else None, 3) for item in found],
+        )
+
+
+def _hundred(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _names(parts: Iterable[Mapping[str, Cell]]) -> list[str]:

@@ -13,6 +13,7 @@ from agentkd.evaluate.figures import SystemResult, summarise
 from agentkd.record import load_tasks, write_json, write_jsonl, write_manifest
 from agentkd.retrieval import Retriever
 from agentkd.rollouts import Progress, finished_rollouts, run_rollouts
+from agentkd.spend import Price
 from agentkd.task import Task
 from agentkd.trajectory import Trajectory
 
@@ -27,6 +28,9 @@ def run_evaluation(
     *,
     retriever: Retriever | None = None,
     workers: int = 32,
+    samples: int = 1,
+    seed: int = 0,
+    prices: Mapping[str, Price] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     same: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -41,6 +45,10 @@ def run_evaluation(
         out: folder for ``trajectories.jsonl``, ``result.json`` and ``manifest.json``.
         retriever: what the search tool searches.
         workers: rollouts in flight.
+        samples: runs of each task. Run ``i`` samples by the seed ``seed + i``; one run alone is left as
+            the settings have it.
+        seed: of the first run.
+        prices: by model id, for the cost of a task.
         groups: see :func:`summarise`.
         same: settings of the agent that what stands in ``out`` must have been made with.
 
@@ -53,31 +61,56 @@ def run_evaluation(
         raise ConfigError(f"{out} holds an evaluation on other tasks.", "Choose another --out.")
     write_jsonl(stored, tasks)
     known = finished_rollouts(log)
-    trajectories = [known[key] for task in tasks if (key := f"{task.id}#0") in known]
+    wanted = [f"{task.id}#{sample}" for task in tasks for sample in range(samples)]
+    trajectories = [known[key] for key in wanted if key in known]
     for name, value in (same or {}).items():
         if any(run.config.get(name) != value for run in trajectories):
             raise ConfigError(f"{out} holds an evaluation with another {name}.", "Choose another --out.")
-    if len(trajectories) < len(tasks):
+    if len(trajectories) < len(wanted):
         with system() as (config, model):
-            factory = agent_factory(config, search_tools(retriever, config), model)
+            factory = _seeded(config, search_tools(retriever, config), model, samples, seed)
             settings = config.model_dump(mode="json")
             trajectories = run_rollouts(
                 tasks,
                 factory,
                 log,
                 workers=workers,
+                samples=samples,
                 config=settings,
                 log_calls=model is None,  # a model in this process costs nothing to ask again
                 on_progress=on_progress,
             )
-    if len(trajectories) < len(tasks):
+    if len(trajectories) < len(wanted):
         raise ProviderError(
-            f"{len(tasks) - len(trajectories)} of {len(tasks)} rollouts ended by errors.",
+            f"{len(wanted) - len(trajectories)} of {len(wanted)} rollouts ended by errors.",
             f"See {out / 'errors.jsonl'}; run the same command again to try them again.",
         )
-    result = summarise(label, trajectories, groups)
+    price = (prices or {}).get(trajectories[0].model) if trajectories else None
+    result = summarise(label, trajectories, groups, price=price)
     write_json(out / "result.json", result.model_dump(mode="json"))
     counts = {"n": result.overall.n, "correct": result.overall.correct}
     settings = trajectories[0].config if trajectories else {}
     write_manifest(out, stage="evaluate", config=settings, counts=counts, inputs=[stored], outputs=[log])
     return result, trajectories
+
+
+def _seeded(
+    config: AgentConfig, tools: Sequence[Any], model: Any, samples: int, seed: int
+) -> Callable[[Task, int], Any]:
+    """The factory of agents; with several runs, each has a random stream of its own.
+
+    Raises:
+        ConfigError: nothing is random, so that all runs would be the same.
+    """
+    if samples == 1:
+        return agent_factory(config, tools, model)
+    if config.temperature == 0 and config.sampler is None:
+        raise ConfigError(
+            "At temperature 0 all runs of a task are the same.", "Pass --temperature 0.7, or --runs 1."
+        )
+    factories = []
+    for number in range(seed, seed + samples):
+        sampler = config.sampler and config.sampler.model_copy(update={"seed": number})
+        mine = config.model_copy(update={"sampler": sampler})
+        factories.append(agent_factory(mine, tools, model, seed=number))
+    return lambda task, sample: factories[sample](task, sample)

@@ -7,6 +7,7 @@
     almanac:hops=2                   only two-hop questions; hops=1+2; hops=compare+arithmetic
     path/to/tasks.jsonl              a file, one JSON object a line
     hf:openai/gsm8k:main             a dataset on the Hugging Face hub: name[:config][:split]
+    set:gsm_hard=path/to/file        a public test set, in the form it is published in (see .public)
 
 Behind a file or dataset ``?question=COLUMN&answer=COLUMN&scorer=NAME&split=all`` may stand. Several
 specs joined by ``+`` share the number of tasks evenly.
@@ -29,6 +30,7 @@ from agentkd.taskset.almanac import KINDS, almanac_tasks, build_world
 from agentkd.taskset.gym import FAMILIES, gym_streams
 from agentkd.taskset.hub import hub_tasks
 from agentkd.taskset.jsonl import jsonl_tasks
+from agentkd.taskset.public import public_tasks
 from agentkd.taskset.split import check_split, stable_hash
 
 __all__ = ["FAMILIES", "KINDS", "Taskset", "build_world", "load_taskset"]
@@ -36,7 +38,7 @@ __all__ = ["FAMILIES", "KINDS", "Taskset", "build_world", "load_taskset"]
 TASKS_PER_STREAM = 50
 """How many tasks of each family or kind a generated set has when no number is asked for."""
 
-_SCHEME = re.compile(r"\s*(gym:|almanac|hf:)")
+_SCHEME = re.compile(r"\s*(gym:|almanac|hf:|set:)")
 _FILE = re.compile(r"\.jsonl?(\?|\s*$)")
 
 
@@ -150,6 +152,9 @@ def _part(term: str, split: str, seed: int) -> _Part:
         kinds = _kinds(rest)
         world = build_world(seed, split)
         return _Part(tuple(almanac_tasks(kind, split, seed) for kind in kinds), world.passages)
+    if scheme == "set":
+        check_split(split, ("test", "all"))
+        return _listed(public_tasks(rest), seed)
     name, _, query = term.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     wanted = options.pop("split", split)
@@ -160,7 +165,7 @@ def _part(term: str, split: str, seed: int) -> _Part:
         return _listed(jsonl_tasks(Path(name), wanted, options), seed)
     raise ConfigError(
         f"{term!r} is no taskset.",
-        f"Write gym:FAMILY (families: {', '.join(FAMILIES)}), almanac, a file.jsonl, or hf:NAME.",
+        f"Write gym:FAMILY ({', '.join(FAMILIES)}), almanac, a file.jsonl, hf:NAME, set:NAME=FILE.",
     )
 
 

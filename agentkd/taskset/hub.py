@@ -11,7 +11,7 @@ from agentkd.errors import ConfigError, DataError, boundary
 from agentkd.task import Task
 from agentkd.taskset.row import check_options, row_task
 
-__all__ = ["hub_tasks"]
+__all__ = ["hub_tasks", "open_dataset"]
 
 
 def hub_tasks(name: str, split: str, options: Mapping[str, str]) -> list[Task]:
@@ -34,7 +34,7 @@ def hub_tasks(name: str, split: str, options: Mapping[str, str]) -> list[Task]:
         raise ConfigError(
             "The dataset's name is missing after 'hf:'.", "Write for instance hf:openai/gsm8k:main."
         )
-    loaded = _load(path, config)
+    loaded = open_dataset(path, config)
     available = list(loaded)
     if chosen and chosen not in available:
         raise ConfigError(f"{path} has no split {chosen!r}.", f"It has: {', '.join(available)}.")
@@ -57,7 +57,12 @@ def hub_tasks(name: str, split: str, options: Mapping[str, str]) -> list[Task]:
     return list(tasks.values())
 
 
-def _load(path: str, config: str | None) -> Any:
+def open_dataset(path: str, config: str | None) -> Any:
+    """A dataset of the hub, or of a local folder: its splits by name.
+
+    Raises:
+        ConfigError: ``datasets`` is missing, or there is no such dataset.
+    """
     try:
         from datasets import load_dataset
     except ImportError as exc:

@@ -86,6 +86,7 @@ def row_task(row: Mapping[str, Any], options: Mapping[str, str], *, family: str,
             "meta": {
                 **(row["meta"] if isinstance(row.get("meta"), dict) else {}),
                 **{name: value for name, value in row.items() if name not in used},
+                **_aliases(row, answer_column),
             },
         }
     )
@@ -94,7 +95,8 @@ def row_task(row: Mapping[str, Any], options: Mapping[str, str], *, family: str,
 
 
 def _answer_text(value: Any) -> str | None:
-    """The gold answer as text; of several accepted ones the first; of GSM8K's what follows ####."""
+    """The gold answer as text; of several accepted ones the first (see :func:`_aliases`); of GSM8K's what
+    follows ####."""
     if isinstance(value, dict) and "text" in value:  # SQuAD
         value = value["text"]
     if isinstance(value, list):
@@ -105,6 +107,20 @@ def _answer_text(value: Any) -> str | None:
         raise ValueError("the answer is neither a text nor a number")
     text = str(value).strip()
     return text.rsplit("####", 1)[1].strip() if "####" in text else text
+
+
+def _aliases(row: Mapping[str, Any], column: str | None) -> dict[str, list[str]]:
+    """Further answers that count as right: the others of a list, and those of a column of their own."""
+    value = row.get(column) if column else None
+    if isinstance(value, dict):  # SQuAD
+        value = value.get("text")
+    listed = [*(value[1:] if isinstance(value, list) else []), *_listed(row, "answer_aliases", "aliases")]
+    names = list(dict.fromkeys(str(item).strip() for item in listed if isinstance(item, (str, int, float))))
+    return {"aliases": names} if names else {}
+
+
+def _listed(row: Mapping[str, Any], *columns: str) -> list[Any]:
+    return [item for name in columns if isinstance(row.get(name), list) for item in row[name]]
 
 
 def _is_number(answer: str | None) -> bool:

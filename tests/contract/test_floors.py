@@ -24,15 +24,15 @@ FLOORS = {
     **dict.fromkeys(
         ["collect", "filter", "adapt", "distill", "serve", "evaluate", "report", "exchange", "merge"], 3
     ),
-    **dict.fromkeys(["view"], 3),
+    **dict.fromkeys(["view", "study"], 3),
     **dict.fromkeys(["learnt", "run_report"], 4),
     **dict.fromkeys(["recipe", "pipeline", "display", "doctor", "first_thought_report", "cluster"], 4),
     **dict.fromkeys(["assess", "recipe_report"], 4),
     **dict.fromkeys(["cli", "commands"], 5),
 }
 BESIDE = {"testing", "__init__", "__main__"}
-STAGE_PAIRS = {("report", "evaluate")}
-"""The report shows what evaluation counted; no other stage knows another."""
+STAGE_PAIRS = {("report", "evaluate"), ("study", "evaluate")}
+"""The report shows what evaluation counted, studies use its intervals; no other stage knows another."""
 HEAVY = {"torch", "transformers", "peft", "accelerate", "trl", "vllm", "safetensors", "gguf"}
 
 

@@ -56,7 +56,8 @@ def test_gold_that_is_no_number_cannot_be_scored() -> None:
     [
         ("Silver Harbor", "the silver harbor.", 1.0),
         ("Monday", "monday", 1.0),
-        ("Monday", "It is Monday", 0.0),
+        ("Monday", "It is Monday", 1.0),
+        ("Monday", "It is not Monday", 0.0),
         ("1802", "1802.0", 1.0),
         ("1", "-1", 0.0),
         ("1.5", "15", 0.0),
