@@ -16,6 +16,7 @@ from agentkd.commands import exchange as exchange_commands
 from agentkd.commands import merge as merge_command
 from agentkd.commands import retrieval as retrieval_commands
 from agentkd.commands import serve as serve_command
+from agentkd.commands import transform as transform_command
 from agentkd.commands.console import (
     Json,
     Out,
@@ -112,7 +113,7 @@ def filter_command(
     print(f"Next: agentkd distill {out / 'kept.jsonl'} --out student")
 
 
-for _commands in (distill_command, evaluate_command, serve_command):
+for _commands in (transform_command, distill_command, evaluate_command, serve_command):
     _commands.register(app)
 
 

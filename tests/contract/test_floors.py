@@ -24,6 +24,7 @@ FLOORS = {
     **dict.fromkeys(
         ["collect", "filter", "adapt", "distill", "serve", "evaluate", "report", "exchange", "merge"], 3
     ),
+    **dict.fromkeys(["transform"], 3),
     **dict.fromkeys(["recipe", "pipeline", "display", "doctor", "first_thought_report", "cluster"], 4),
     **dict.fromkeys(["assess", "recipe_report"], 4),
     **dict.fromkeys(["cli", "commands"], 5),

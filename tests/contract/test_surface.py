@@ -19,6 +19,7 @@ COMMANDS = [
     "export",
     "import",
     "filter",
+    "transform",
     "distill",
     "evaluate",
     "serve",
