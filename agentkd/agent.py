@@ -21,13 +21,14 @@ from smolagents.utils import AgentExecutionError, AgentParsingError
 from agentkd import prompt as prompts
 from agentkd.action import Parsed, parse_action
 from agentkd.draw import Draft, StepDraw
+from agentkd.errors import ConfigError
 from agentkd.model import provider_error
 from agentkd.router import Decision, Router, RouterConfig, tool_probability
 from agentkd.sampler import Sampled, Sampler, run_action
 from agentkd.sandbox import Outcome, Sandbox, open_sandbox
 from agentkd.telemetry import choice_span
 from agentkd.tool_use import is_direct
-from agentkd.trajectory import Candidate, Failure, FirstThought, Mode, Route, Step
+from agentkd.trajectory import Candidate, Context, Failure, FirstThought, Mode, Route, Step
 
 __all__ = ["RolloutCancelled", "RolloutTimeout", "StepAgent", "build_agent"]
 
@@ -68,6 +69,7 @@ class StepAgent(CodeAgent):
         mode: which of ``mode_prompts`` the current run is held under; "allowed" but for a router.
         watch: told of every step twice: when its action is chosen, and when it is over.
         cancelled: True once :meth:`cancel` was called.
+        search: finds the passages before the question of a chain of thought (``context``), or None.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class StepAgent(CodeAgent):
         sampler: Sampler | None,
         router: Router | None,
         mode_prompts: dict[Mode, str],
+        search: Tool | None = None,
         tools: list[Tool],
         model: Model,
         **options: Any,
@@ -93,6 +96,8 @@ class StepAgent(CodeAgent):
         self.mode: Mode = "allowed"
         self.watch: Callable[[Step], None] | None = None
         self.cancelled = False
+        self.search = search
+        self.context: Context | None = None
         super().__init__(tools=tools, model=model, **options)
 
     def initialize_system_prompt(self) -> str:
@@ -116,7 +121,9 @@ class StepAgent(CodeAgent):
 
     def _messages(self) -> list[ChatMessage]:
         turns = [(step.output, step.observation) for step in self.records]
-        chat = prompts.chat_messages(self.system_prompt, self.task, turns)
+        passages = self.context.text if self.context else None
+        question = prompts.question_text(self.task, passages)
+        chat = prompts.chat_messages(self.system_prompt, question, turns)
         return [_message(message["role"], message["content"]) for message in chat]
 
     @property
@@ -139,6 +146,9 @@ class StepAgent(CodeAgent):
             raise RolloutCancelled
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise RolloutTimeout
+        if self.search is not None and not self.records:
+            found = str(self.search(self.task))
+            self.context = Context(text=found, k=self.search.k, max_tokens=self.search.max_tokens)
         draw, decision = self._draw(), None
         if not self.records and self.router is not None:
             with choice_span("routing") as chosen:
@@ -335,6 +345,7 @@ def build_agent(
     force_answer: bool = False,
     sampler: Sampler | None = None,
     router: Router | None = None,
+    passages: bool = False,
     verbose: bool = False,
 ) -> StepAgent:
     """Make an agent.
@@ -355,14 +366,19 @@ def build_agent(
             :class:`agentkd.sampler.SelfConsistentSampler`.
         router: decides whether a question needs tools, for instance
             :func:`agentkd.router.make_router`; ``prompt`` is then P_i.
+        passages: a chain of thought is shown what the ``search`` tool among ``tools`` finds for its question.
         verbose: print the run as smolagents does.
 
     Raises:
-        ConfigError: an unknown sandbox.
+        ConfigError: an unknown sandbox, or ``passages`` and nothing to search.
         SandboxError: the sandbox is not available here; `agentkd doctor` says why.
     """
     from smolagents.local_python_executor import BASE_BUILTIN_MODULES
 
+    search = next((tool for tool in tools if tool.name == "search"), None)
+    if passages and (kind != "cot" or search is None):
+        said = "Passages stand before the question of a chain of thought, and need something to search."
+        raise ConfigError(said, 'Use kind "cot", and name a --corpus.')
     chosen = tuple(tools) if kind == "agent" else ()
     template = prompt or (prompts.TEACHER if kind == "agent" else prompts.COT_TEACHER)
     modules = sorted({*BASE_BUILTIN_MODULES, *imports})
@@ -380,6 +396,7 @@ def build_agent(
         sampler=sampler if kind == "agent" else None,
         router=router if kind == "agent" else None,
         mode_prompts=texts,
+        search=search if passages else None,
         tools=list(chosen),
         model=model,
         prompt_templates=_TEMPLATES,

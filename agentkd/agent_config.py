@@ -49,6 +49,8 @@ class AgentConfig(BaseModel):
     """How each action is chosen among several; None takes the one the model gives."""
     router: RouterConfig | None = None
     """Whether tools are used; None leaves it to the prompt."""
+    passages: bool = False
+    """Kind "cot": passages that are found for the question stand before it."""
     search_k: int = Field(default=3, ge=1)
     """Passages that one search returns."""
     search_tokens: int | None = Field(default=1024, ge=16)
@@ -110,6 +112,7 @@ def agent_factory(
             action_timeout=config.action_seconds,
             sampler=SelfConsistentSampler(config.sampler) if config.sampler else None,
             router=make_router(config.router) if config.router else None,
+            passages=config.passages,
         )
 
     return make

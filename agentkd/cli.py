@@ -21,6 +21,7 @@ from agentkd.commands import retrieval as retrieval_commands
 from agentkd.commands import score as score_command
 from agentkd.commands import serve as serve_command
 from agentkd.commands import study as study_command
+from agentkd.commands import transform as transform_command
 from agentkd.commands import view as view_command
 from agentkd.commands.console import (
     Json,
@@ -119,6 +120,7 @@ def filter_command(
 
 
 for _commands in (
+    transform_command,
     adapt_command,
     distill_command,
     evaluate_command,

@@ -45,6 +45,7 @@ from agentkd.rollout import rollout
 from agentkd.task import Task
 from agentkd.taskset import load_taskset
 from agentkd.trajectory import Trajectory
+from agentkd.transform import Means, make_transform, transform_run
 
 if TYPE_CHECKING:
     from agentkd.display import Display
@@ -98,7 +99,7 @@ def run_recipe(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, A
         show.done(f"{len(train.tasks)} to learn from, {len(test.tasks)} held out")
         kept = _teach(recipe, out, train, show)
         for name, student in recipe.students.items():
-            _distill(name, student, recipe, out, show)
+            _distill(name, student, recipe, out, train, show)
         runs = _evaluate_all(recipe, out, test, show)
         show.stage("serve and ask")
         served = _ask(recipe, out, test)
@@ -246,15 +247,30 @@ def _collect_config(
     )
 
 
-def _distill(name: str, student: StudentRecipe, recipe: Recipe, out: Path, show: Display) -> None:
+def _distill(
+    name: str, student: StudentRecipe, recipe: Recipe, out: Path, train: _Data, show: Display
+) -> None:
     from agentkd.distill import distill
 
     show.stage(f"distil {name}")
     config = _distill_config(name, student, recipe)
-    trained = distill(
-        out / f"kept-{student.kind}" / "kept.jsonl", student_folder(out, name), config, show.training
-    )
+    kept = out / f"kept-{student.kind}"
+    if student.passages:
+        kept = _with_passages(kept, recipe, train)
+    trained = distill(kept / "kept.jsonl", student_folder(out, name), config, show.training)
     show.done(f"{trained.training.get('n_examples', '?')} examples")
+
+
+def _with_passages(kept: Path, recipe: Recipe, train: _Data) -> Path:
+    """The same trajectories, each with what is found for its question."""
+    folder, retriever = kept.with_name(f"{kept.name}-passages"), train.retriever
+    transform_run(
+        kept / "kept.jsonl",
+        folder,
+        make_transform("passages", {"k": recipe.search_k}),
+        lambda answers: Means(answers, retriever=retriever),
+    )
+    return folder
 
 
 def _distill_config(name: str, student: StudentRecipe, recipe: Recipe) -> DistillConfig:

@@ -35,6 +35,7 @@ __all__ = [
     "joined",
     "learnt_prompt",
     "observation_text",
+    "question_text",
     "system_prompt",
     "trajectory_messages",
 ]
@@ -192,7 +193,14 @@ def trajectory_messages(
     """
     chosen = trajectory.steps if steps is None else steps
     turns = [(step.output, step.observation) for step in chosen]
-    return chat_messages(system or trajectory.system_prompt, trajectory.task.question, turns)
+    context = trajectory.context.text if trajectory.context else None
+    question = question_text(trajectory.task.question, context)
+    return chat_messages(system or trajectory.system_prompt, question, turns)
+
+
+def question_text(question: str, passages: str | None = None) -> str:
+    """The user's turn: the question, behind the passages that were retrieved for it, where there are any."""
+    return question if passages is None else f"Passages:\n{passages}\n\nQuestion: {question}"
 
 
 def learnt_prompt(trajectory: Trajectory, student: str) -> str:

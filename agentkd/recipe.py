@@ -60,6 +60,9 @@ class StudentRecipe(_Part):
 
     kind: Literal["agent", "cot"]
     base: str = "smollm2-135m"
+    passages: bool = False
+    """Kind "cot": what is found for a question (``search_k`` passages) stands before it, in training and
+    evaluation alike."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of ``agentkd.distill.DistillConfig``."""
     evaluate_n: int | None = Field(default=None, ge=1)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from smolagents import Model
     from smolagents.models import ChatMessage
 
-__all__ = ["RecordedModel", "RecordedSandbox"]
+__all__ = ["RecordedModel", "RecordedSandbox", "RecordedTool"]
 
 CHARACTERS_PER_TOKEN = 4
 """For the tokens of servers that do not count."""
@@ -168,7 +168,7 @@ def _message(call: Call) -> ChatMessage:
     )
 
 
-class _RecordedTool:
+class RecordedTool:
     """A tool whose results are logged."""
 
     def __init__(self, name: str, tool: Any, recorder: Recorder, step: Callable[[], int]) -> None:
@@ -224,9 +224,7 @@ class RecordedSandbox:
     def send_tools(self, tools: dict[str, Any]) -> None:
         self._sandbox.send_tools(
             {
-                name: tool
-                if name == "final_answer"
-                else _RecordedTool(name, tool, self._recorder, self._step)
+                name: tool if name == "final_answer" else RecordedTool(name, tool, self._recorder, self._step)
                 for name, tool in tools.items()
             }
         )

@@ -93,19 +93,21 @@ class Recorder:
     @contextmanager
     def watching(self, agent: StepAgent) -> Iterator[None]:
         """Log what this agent asks, as long as the block lasts."""
-        from agentkd.recorded import RecordedModel, RecordedSandbox
+        from agentkd.recorded import RecordedModel, RecordedSandbox, RecordedTool
 
-        model, sandbox = agent.model, agent.python_executor
+        model, sandbox, search = agent.model, agent.python_executor, agent.search
 
         def step() -> int:
             return len(agent.records) + 1
 
         agent.model = RecordedModel(model, self, step)
         agent.python_executor = RecordedSandbox(sandbox, self, step)
+        if search is not None:
+            agent.search = RecordedTool(search.name, search, self, step)
         try:
             yield
         finally:
-            agent.model, agent.python_executor = model, sandbox
+            agent.model, agent.python_executor, agent.search = model, sandbox, search
 
     def find(self, kind: str, step: int, request: str) -> tuple[int, Call | None]:
         """The ordinal of the next call of this kind, and the call where it was made before.

@@ -51,7 +51,7 @@ def rollout(
         StorageError: the log cannot be written.
     """
     began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="milliseconds")
-    agent.records = []
+    agent.records, agent.context = [], None
     agent.deadline = began + max_seconds if max_seconds is not None else None
     if recorder:
         recorder.begin(config or {}, labels or {})
@@ -69,6 +69,7 @@ def rollout(
         model=str(getattr(agent.model, "model_id", None) or type(agent.model).__name__),
         system_prompt=agent.system_prompt,
         tools=tuple(tool_schema(tool) for name, tool in agent.tools.items() if name != "final_answer"),
+        context=agent.context,
         steps=tuple(agent.records),
         answer=answer,
         stop_reason=reason,

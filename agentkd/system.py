@@ -47,6 +47,9 @@ def student_config(
         ConfigError: those settings cannot be read.
     """
     test_time = test_time or load_test_time(student.path)
+    search: dict[str, Any] = {}
+    if student.passages is not None:
+        search = {"passages": True, "search_k": student.passages, "search_tokens": student.passage_tokens}
     return AgentConfig(
         model=student.path.resolve().name,
         kind=student.kind,
@@ -58,6 +61,7 @@ def student_config(
         sandbox=sandbox,
         sampler=test_time.sampler,
         router=test_time.router,
+        **search,
     )
 
 

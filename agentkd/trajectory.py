@@ -16,6 +16,8 @@ from agentkd.task import Task
 __all__ = [
     "SCHEMA_VERSION",
     "Candidate",
+    "Change",
+    "Context",
     "Failure",
     "FirstThought",
     "Mode",
@@ -237,6 +239,30 @@ class Step(_Record):
         return self.output[len(self.first_thought.prefix) :] if self.first_thought else self.output
 
 
+class Context(_Record):
+    """Passages that stood before the question of a chain of thought."""
+
+    text: str
+    """As they were shown."""
+    k: int
+    """Passages that were asked for."""
+    max_tokens: int | None = None
+    """Budget of the text in (estimated) tokens; None for no limit."""
+
+
+class Change(_Record):
+    """What a transform made of a trajectory; see :mod:`agentkd.transform`."""
+
+    by: str
+    """Name of the transform."""
+    source: str
+    """Id of the trajectory that it was made from."""
+    note: str = ""
+    """What was changed, in words."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Of the transform."""
+
+
 class Trajectory(_Record):
     """The record of one rollout."""
 
@@ -251,6 +277,8 @@ class Trajectory(_Record):
     system_prompt: str
     tools: tuple[str, ...] = ()
     """Each tool's schema as a JSON string (a string, so that Arrow adds no null fields)."""
+    context: Context | None = None
+    """What was retrieved for the question and stood before it; only with kind "cot"."""
     steps: tuple[Step, ...] = ()
     answer: str | None = None
     stop_reason: StopReason
@@ -269,6 +297,8 @@ class Trajectory(_Record):
     """Git commit of agentkd, where it is run from a checkout."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Free labels, such as ``{"teacher": "offline expert (programmatic)"}``."""
+    changes: tuple[Change, ...] = ()
+    """The transforms it went through, first to last; a rollout as it happened has none."""
 
     @property
     def correct(self) -> bool:

@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
         "`agentkd distill kept.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --epochs 2 --lr 2e-4 --rank 64 "
         "--out student`\n\n"
         "`agentkd distill adapt/mix.jsonl --from student --out adapted`\n\n"
+        "`agentkd distill kept.jsonl --objective aft --negatives dropped.jsonl --out student`\n\n"
         "`agentkd distill kept.jsonl --show-mask 2` (which tokens would be learnt; trains nothing)\n\n"
         "`agentkd distill --check student` (is what is served what was trained?)",
     )(distill)
@@ -65,12 +66,19 @@ def distill(
     objective: Annotated[
         str,
         typer.Option(
-            help="What is minimised: sft, masked, forward-kl, reverse-kl, jsd, taid, first, plackett-luce."
+            help="What is minimised: sft, masked, aft, dpo, forward-kl, reverse-kl, jsd, taid, first, "
+            "plackett-luce."
         ),
     ] = "sft",
+    negatives: Annotated[
+        Path | None, typer.Option(help="For aft and dpo: the dropped.jsonl of `agentkd filter`.")
+    ] = None,
     teacher_model: Annotated[
         str | None, typer.Option(help="For the last six: a local model with the same vocabulary.")
     ] = None,
+    order: Annotated[
+        str, typer.Option(help='Each pass in another order ("shuffle"), or in that of the "file".')
+    ] = "shuffle",
     seed: int = 0,
     show_mask: Annotated[
         int, typer.Option(min=0, help="Print so many examples, coloured by what is learnt, and stop.")
@@ -109,7 +117,9 @@ def distill(
         "first_thought": first_thought,
         "weights": _weights(weights),
         "objective": objective,
+        "negatives": str(negatives) if negatives else None,
         "teacher": teacher_model,
+        "order": order,
         "seed": seed,
     }
     config = DistillConfig(**settings)

@@ -68,7 +68,7 @@ def memorisation(
 
     trained, others = _read(run, n), _read(held_out, n) if held_out else []
     with _progress("read", as_json, len(trained) + len(others)) as show:
-        found = study_memorisation(Likelihood(model), trained, others, on_progress=show)
+        found = study_memorisation(Likelihood.load(model), trained, others, on_progress=show)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return

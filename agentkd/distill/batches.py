@@ -43,7 +43,9 @@ def total_steps(examples: int, batch_size: int, steps: int | None, epochs: float
     return steps if steps is not None else max(1, round(examples * epochs / batch_size))
 
 
-def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[int]:
+def batch_indices(
+    examples: int, batch_size: int, seed: int, step: int, *, shuffled: bool = True
+) -> list[int]:
     """Indices of the examples of a step; every epoch is a new shuffle, batches run on across them.
 
     Args:
@@ -51,8 +53,11 @@ def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> list[
         batch_size: examples a step.
         seed: of the shuffles.
         step: 0 for the first.
+        shuffled: else every epoch has the order of the file.
     """
     first = step * batch_size
+    if not shuffled:
+        return [place % examples for place in range(first, first + batch_size)]
     return [
         _shuffled(examples, seed, place // examples)[place % examples]
         for place in range(first, first + batch_size)

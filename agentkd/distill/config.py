@@ -57,6 +57,8 @@ class DistillConfig(BaseModel):
     """The beginning of a step that was given to the teacher is learnt as the student's own, or only read."""
     weights: SpanWeights = SpanWeights()
     """How much tokens of thoughts, actions and final answers count."""
+    order: Literal["shuffle", "file"] = "shuffle"
+    """Every pass in another order ("shuffle"), or each in that of the file, for a curriculum."""
     seed: int = 0
     """Of the adapters' initial weights, the order of examples, and dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -75,9 +77,20 @@ class DistillConfig(BaseModel):
     """Tokens that are computed at once: less needs less memory."""
 
     objective: Literal[
-        "sft", "masked", "forward-kl", "reverse-kl", "jsd", "taid", "first", "plackett-luce"
+        "sft", "masked", "aft", "dpo", "forward-kl", "reverse-kl", "jsd", "taid", "first", "plackett-luce"
     ] = "sft"
-    """What is minimised, see :mod:`agentkd.distill.objectives`."""
+    """What is minimised, see :mod:`agentkd.distill.objectives` and :mod:`agentkd.distill.preference`."""
+    negatives: str | None = None
+    """Objectives "aft" and "dpo": ``dropped.jsonl`` of the filter, whose wrong trajectories are held
+    against the right ones of the same question."""
+    negatives_per_example: int = Field(default=1, ge=1)
+    """Wrong trajectories held against a right one in a step, drawn anew in each."""
+    aft_bound: float = Field(default=0.5, gt=0)
+    """Objective "aft": nats a token by which a wrong trajectory may fall below the right one."""
+    dpo_beta: float = Field(default=0.1, gt=0)
+    """Objective "dpo": how much a deviation from the student before the first step counts."""
+    sft_weight: float | None = Field(default=None, ge=0)
+    """Cross-entropy on the right trajectory beside "aft" and "dpo"; None is 1 with "aft", 0 with "dpo"."""
     teacher: str | None = None
     """Local model with the same vocabulary, for the objectives that need a teacher's logits."""
     teacher_share: float = Field(default=1.0, gt=0, le=1)

@@ -21,7 +21,7 @@ from agentkd.distill.spans import SpanWeights, turn_weights
 from agentkd.engine.render import Rendered, render_steps, render_training
 from agentkd.errors import DataError
 from agentkd.prompt import COT_STUDENT, STUDENT, learnt_prompt, system_prompt, trajectory_messages
-from agentkd.trajectory import Trajectory
+from agentkd.trajectory import Context, Trajectory
 
 __all__ = ["Example", "ExampleSet", "build_examples"]
 
@@ -62,6 +62,9 @@ class ExampleSet:
     """Schemas, as JSON strings."""
     max_steps: int
     imports: tuple[str, ...]
+    passages: int | None = None
+    """Passages before the question, where the student is to be shown some."""
+    passage_tokens: int | None = None
 
     def digest(self) -> str:
         """Hash of every id and mask."""
@@ -112,7 +115,7 @@ def build_examples(trajectories: Sequence[Trajectory], tokenizer: Any, config: D
             if dropped["too long"]
             else "Collect others.",
         )
-    first = chosen[0].config
+    first, context = chosen[0].config, _context(chosen)
     return ExampleSet(
         examples=tuple(examples),
         dropped={reason: count for reason, count in dropped.items() if count},
@@ -120,7 +123,21 @@ def build_examples(trajectories: Sequence[Trajectory], tokenizer: Any, config: D
         tools=tools,
         max_steps=config.max_steps or int(first.get("max_steps") or DEFAULT_MAX_STEPS),
         imports=tuple(first.get("imports") or ()) if config.imports is None else config.imports,
+        passages=context.k if context else None,
+        passage_tokens=context.max_tokens if context else None,
     )
+
+
+def _context(trajectories: Sequence[Trajectory]) -> Context | None:
+    """How passages are shown before the question: all of the trajectories must agree."""
+    found = {(it.context.k, it.context.max_tokens) if it.context else None for it in trajectories}
+    if len(found) > 1:
+        raise DataError(
+            "Some trajectories have passages before their question, and others have not, or other numbers "
+            "of them; a student is asked in one way.",
+            "Add the same to all of them: agentkd transform passages.",
+        )
+    return trajectories[0].context
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,12 @@ class Learner:
         """How a batch is laid out for this model; ``groups`` packs are computed at one time."""
         return pack_batch(batch, self._budget, groups) if self.packed else single_packs(batch)
 
+    def together(self, examples: Sequence[Example]) -> list[Pack]:
+        """Some examples in as few packs as this model can compute: one, or one an example."""
+        if not self.packed:
+            return single_packs(examples)
+        return pack_batch(examples, sum(len(example.ids) for example in examples))
+
     def losses(self, pack: Pack) -> Tensor:
         """Cross-entropy (nats, float32) of each target of a pack, with gradient."""
         targets = torch.tensor(pack.targets, device=self.device)

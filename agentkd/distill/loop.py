@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
 from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import make_objective
+from agentkd.distill.preference import PREFERENCES, make_preference
 from agentkd.distill.teacher import LocalTeacher
-from agentkd.distill.workers import Goal, Workers, side_by_side
+from agentkd.distill.workers import Contrast, Goal, Workers, score_references, side_by_side
 from agentkd.engine.weights import load_tokenizer, resolve_model
 from agentkd.errors import ConfigError, TrainingError, boundary
-from agentkd.record import AppendLog, iter_jsonl, write_jsonl
+from agentkd.record import AppendLog, iter_jsonl, read_json, write_json, write_jsonl
 
 __all__ = ["StepLog", "learning_rate", "run_training"]
 
@@ -70,6 +72,7 @@ def run_training(
     out: Path,
     identity: dict[str, str],
     on_progress: Any = None,
+    negatives: Mapping[str, Sequence[Example]] | None = None,
 ) -> dict[str, Any]:
     """Train to the end, from the last checkpoint in ``out`` if there is one.
 
@@ -80,6 +83,7 @@ def run_training(
         out: where checkpoint, ``loss.jsonl`` and ``adapter/`` are written.
         identity: hashes of settings and data; a checkpoint with other ones is refused.
         on_progress: called after each step with (step, steps, loss).
+        negatives: wrong examples by the id of the right one, for the objectives that need them.
 
     Returns:
         A summary: steps, losses, tokens, seconds.
@@ -92,12 +96,17 @@ def run_training(
     learner = Learner(base, config)
     parameters = learner.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    goal = _goal(base, learner, config)
+    if negatives is not None:  # before the checkpoint is taken over: the reference is the student as it was
+        goal = replace(goal, contrast=_contrast(out, identity, learner, examples, negatives, config))
     begun = _restore(out, identity, parameters, optimizer)
     rows = _rewind(out / "loss.jsonl", begun)
-    goal = _goal(base, learner, config)
     with AppendLog(out / "loss.jsonl") as losses, side_by_side(learner, config, goal) as workers:
         for step in range(begun, steps):
-            batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, config.seed, step)]
+            chosen = batch_indices(
+                len(examples), config.batch_size, config.seed, step, shuffled=config.order == "shuffle"
+            )
+            batch = [examples[place] for place in chosen]
             rate = learning_rate(step, steps, config.learning_rate, config.warmup)
             row = _step(learner, parameters, optimizer, batch, config, (step, steps), rate, workers)
             losses.append(row)
@@ -111,6 +120,8 @@ def run_training(
 
 
 def _goal(base: Path, learner: Learner, config: DistillConfig) -> Goal:
+    if config.objective in PREFERENCES:
+        return Goal(seed=config.seed)
     tokenizer = load_tokenizer(base)
     mask_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     objective = make_objective(
@@ -124,6 +135,30 @@ def _goal(base: Path, learner: Learner, config: DistillConfig) -> Goal:
         )
     folder = resolve_model(config.teacher)
     return Goal(objective, LocalTeacher(folder, tokenizer, learner.device, learner.dtype), config.seed)
+
+
+def _contrast(
+    out: Path,
+    identity: dict[str, str],
+    learner: Learner,
+    examples: Sequence[Example],
+    negatives: Mapping[str, Sequence[Example]],
+    config: DistillConfig,
+) -> Contrast:
+    """What is held against what; the reference's log-probabilities are computed once and kept."""
+    preference = make_preference(config)
+    assert preference is not None
+    references: dict[str, float] = {}
+    if preference.needs_reference:
+        path = out / "reference.json"
+        kept = read_json(path) if path.is_file() else {}
+        if kept.get("identity") != identity:
+            wrong = {it.id: it for each in negatives.values() for it in each}
+            right = [it for it in examples if it.id in negatives]
+            kept = {"identity": identity, "scores": score_references(learner, [*right, *wrong.values()])}
+            write_json(path, kept)
+        references = kept["scores"]
+    return Contrast(preference, negatives, config.negatives_per_example, references)
 
 
 def _step(
@@ -144,7 +179,7 @@ def _step(
     learner.refresh()
     loss = 0.0
     weight = sum(example.weight for example in batch)
-    for part, grads in workers.map(learner.packs(batch, workers.count), weight, step, steps):
+    for part, grads in workers.map(workers.lay_out(batch, step), weight, step, steps):
         loss += part
         _accumulate(parameters, grads)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

@@ -14,8 +14,11 @@ jsd            yes      KL(p_T | M) / 2 + KL(p_S | M) / 2, M = (p_T + p_S) / 2 (
 taid           yes      KL(r | p_S), r = softmax((1 - t) z_S + t z_T), z_S without gradient there,
                         t from 0.4 to 1 over the training (2501.16937)
 first          yes      KL(q | p_S), q the teacher's 5 likeliest, smoothed (2408.12168)
-plackett-luce  yes      -log likelihood of the teacher's 5 likeliest in their order
+plackett-luce  yes      -log likelihood of the teacher's 5 likeliest in their order (2506.12542)
 =============  =======  =====================================================================
+
+"aft" and "dpo", which hold right trajectories against wrong ones, are losses of whole trajectories: see
+:mod:`agentkd.distill.preference`.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from agentkd.distill.batches import Pack
+from agentkd.distill.preference import PREFERENCES
 
 __all__ = ["OBJECTIVES", "MaskedThought", "Objective", "TeacherObjective", "make_objective", "masked_ids"]
 
@@ -184,7 +188,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "first": first,
     "plackett-luce": plackett_luce,
 }
-OBJECTIVES = ("sft", "masked", *DIVERGENCES)
+OBJECTIVES = ("sft", "masked", *PREFERENCES, *DIVERGENCES)
 
 
 def make_objective(name: str, *, share: float, mask_rate: float, mask_id: int) -> Objective | None:

@@ -10,19 +10,23 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agentkd.distill.config import DistillConfig
-from agentkd.distill.examples import ExampleSet, build_examples
+from agentkd.distill.examples import Example, ExampleSet, build_examples
 from agentkd.distill.inherit import check_parent, data_hash
+from agentkd.distill.negatives import build_negatives, negatives_hash, read_rejected
 from agentkd.distill.parity import find_faults, refuse_faults
+from agentkd.distill.preference import make_preference
 from agentkd.distill.served import Replay, ServedParity, check_served, engine, make_replays, write_parity
 from agentkd.engine.student import Student, is_student, load_student
 from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model, stop_ids
 from agentkd.errors import ConfigError, DataError, TrainingError, boundary
 from agentkd.prompt import FENCE_CLOSE, FENCE_OPEN
 from agentkd.record import read_json, read_trajectories, write_json, write_manifest
+from agentkd.trajectory import Trajectory
 
 __all__ = ["Progress", "distill"]
 
@@ -51,7 +55,7 @@ def distill(
     config = config or DistillConfig()
     if not trajectories.is_file():
         raise DataError(f"There is no file {trajectories}.", "Check the path, or run: agentkd filter.")
-    fingerprint = config.fingerprint(data_hash(trajectories, config.parent))
+    fingerprint = config.fingerprint(data_hash(trajectories, config.parent) + negatives_hash(config))
     with _only_one(out):
         if is_student(out):
             return _finished(out, fingerprint)
@@ -73,16 +77,48 @@ def distill(
                 failed_steps=config.failed_steps,
             )
         )
+        examples, negatives = _contrasted(examples, items, tokenizer, stop_ids(base, tokenizer), config)
         identity["examples"] = examples.digest()
         with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
             from agentkd.distill.loop import run_training
         with boundary(TrainingError, f"training {out}", "Lower micro_tokens if memory ran out."):
-            summary = run_training(base, examples.examples, config, out, identity, on_progress)
+            summary = run_training(base, examples.examples, config, out, identity, on_progress, negatives)
         if parent is not None:
             summary["parent"] = parent
         replays = make_replays(examples.examples, items, examples.system_prompt, tokenizer, config.replays)
         _close(out, trajectories, tokenizer, config, examples, identity, summary, replays)
     return load_student(out)
+
+
+def _contrasted(
+    examples: ExampleSet,
+    items: dict[str, Trajectory],
+    tokenizer: Any,
+    stops: frozenset[int],
+    config: DistillConfig,
+) -> tuple[ExampleSet, dict[str, tuple[Example, ...]] | None]:
+    """The wrong examples beside the right ones, for the objectives that need them.
+
+    Without cross-entropy a right example that has no wrong one teaches nothing, and is left out.
+    """
+    preference = make_preference(config) if config.negatives is not None else None
+    if preference is None or config.negatives is None:
+        return examples, None
+    if config.rendering == "step":
+        raise ConfigError(
+            f"The objective {config.objective} compares whole trajectories.", 'Use rendering "whole".'
+        )
+    tasks = {it.id: items[it.id].task.id for it in examples.examples}
+    found = build_negatives(read_rejected(Path(config.negatives)), examples, tasks, tokenizer, stops, config)
+    for reason, count in found.left_out.items():
+        log.info("%d of the rejected trajectories are no negatives: %s.", count, reason)
+    alone = sum(it.id not in found.by_right for it in examples.examples)
+    log.info("%d of %d trajectories have a wrong one beside them.", len(found.by_right), len(tasks))
+    if not preference.sft_weight and alone:
+        log.warning("%d of the trajectories left out: no wrong one of their question.", alone)
+        chosen = tuple(it for it in examples.examples if it.id in found.by_right)
+        examples = replace(examples, examples=chosen, dropped={**examples.dropped, "no wrong one": alone})
+    return examples, found.by_right
 
 
 def _finished(out: Path, fingerprint: str) -> Student:
@@ -116,6 +152,8 @@ def _close(
         fences=(FENCE_OPEN, FENCE_CLOSE),
         max_steps=examples.max_steps,
         imports=examples.imports,
+        passages=examples.passages,
+        passage_tokens=examples.passage_tokens,
         training={
             "config": config.model_dump(mode="json"),
             "fingerprint": identity["fingerprint"],
@@ -134,7 +172,7 @@ def _close(
         stage="distill",
         config=config.model_dump(mode="json"),
         counts={**counts, **summary},
-        inputs=[trajectories],
+        inputs=[trajectories, *([Path(config.negatives)] if config.negatives else [])],
         outputs=[
             out / "student.json",
             out / "loss.jsonl",

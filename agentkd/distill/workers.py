@@ -8,24 +8,49 @@ thread was first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from agentkd.distill.batches import Pack
 from agentkd.distill.config import DistillConfig
+from agentkd.distill.examples import Example
 from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import Objective
+from agentkd.distill.preference import Preference, Scored, chosen_negatives
 from agentkd.distill.teacher import LocalTeacher
 from agentkd.errors import TrainingError
 
-__all__ = ["Goal", "Workers", "side_by_side"]
+__all__ = ["Contrast", "Goal", "Unit", "Workers", "score_references", "side_by_side"]
 
 Grads = tuple[torch.Tensor | None, ...]
 """Of each trained parameter; None where the pack did not use it."""
+
+
+class Unit(NamedTuple):
+    """What one thread computes at once."""
+
+    packs: tuple[Pack, ...]
+    """Several only where a loss that is not the sum of theirs needs examples that cannot be packed."""
+    right: str = ""
+    """Id of the right trajectory, where it stands beside wrong ones."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Right trajectories held against wrong ones; see :mod:`agentkd.distill.preference`."""
+
+    preference: Preference
+    negatives: Mapping[str, Sequence[Example]]
+    """By the id of the right example."""
+    count: int
+    """Wrong ones a right one is held against in a step."""
+    references: Mapping[str, float] = field(default_factory=dict)
+    """``log p`` of each example under the reference, where the preference needs one."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +60,7 @@ class Goal:
     objective: Objective | None = None
     teacher: LocalTeacher | None = None
     seed: int = 0
+    contrast: Contrast | None = None
 
 
 SFT = Goal()
@@ -49,27 +75,57 @@ class Workers:
         self._pool = pool
         self.count = count
 
+    def lay_out(self, batch: Sequence[Example], step: int) -> list[Unit]:
+        """What is computed side by side in a step: packs, or a right trajectory with its wrong ones."""
+        contrast = self._goal.contrast
+        if contrast is None:
+            return [Unit((pack,)) for pack in self._learner.packs(batch, self.count)]
+        seed = f"{self._goal.seed}:{step}"
+        units: list[Unit] = []
+        for right in batch:
+            wrong = chosen_negatives(right.id, contrast.negatives, contrast.count, seed)
+            units.append(Unit(tuple(self._learner.together([right, *wrong])), right.id))
+        return units
+
     def map(
-        self, packs: Sequence[Pack], weight: float, step: int, steps: int
+        self, units: Sequence[Unit], weight: float, step: int, steps: int
     ) -> Iterator[tuple[float, Grads]]:
-        """For each pack, in order: its part of the mean loss, and the gradient of that.
+        """For each unit, in order: its part of the mean loss, and the gradient of that.
 
         Args:
-            packs: the batch.
-            weight: what all targets of the batch count together.
+            units: the batch, see :meth:`lay_out`.
+            weight: what all (right) targets of the batch count together.
             step: 0 for the first.
             steps: in all.
 
         Raises:
             TrainingError: a loss is not a number; names the trajectory.
         """
-        return self._pool.map(lambda pack: self._one(pack, weight, step, steps), packs)
+        # Of the questions that have a wrong trajectory beside the right one.
+        questions = sum(sum(len(pack.examples) for pack in unit.packs) > 1 for unit in units)
 
-    def _one(self, pack: Pack, weight: float, step: int, steps: int) -> tuple[float, Grads]:
+        def one(unit: Unit) -> tuple[float, Grads]:
+            if self._goal.contrast is None:
+                part = self._plain(unit.packs[0], weight, step, steps)
+            else:
+                part = self._contrasted(unit, weight, questions, step)
+            return part.item(), torch.autograd.grad(part, self._parameters, allow_unused=True)
+
+        return self._pool.map(one, units)
+
+    def _plain(self, pack: Pack, weight: float, step: int, steps: int) -> torch.Tensor:
         losses = self._losses(pack, step, steps)
         _check(losses, pack, step)
-        part = (losses * losses.new_tensor(pack.weights)).sum() / weight
-        return part.item(), torch.autograd.grad(part, self._parameters, allow_unused=True)
+        return (losses * losses.new_tensor(pack.weights)).sum() / weight
+
+    def _contrasted(self, unit: Unit, weight: float, questions: int, step: int) -> torch.Tensor:
+        """The part of one question: its preference, and the cross-entropy on its right trajectory."""
+        contrast = self._goal.contrast
+        assert contrast is not None
+        scored, cross_entropy = _scored(self._learner, unit.packs, step, contrast.references)
+        part = contrast.preference.sft_weight * cross_entropy[unit.right] / weight
+        wrong = [it for name, it in scored.items() if name != unit.right]
+        return part + contrast.preference.loss(scored[unit.right], wrong) / questions if wrong else part
 
     def _losses(self, pack: Pack, step: int, steps: int) -> torch.Tensor:
         objective, teacher = self._goal.objective, self._goal.teacher
@@ -109,3 +165,34 @@ def _check(losses: torch.Tensor, pack: Pack, step: int) -> None:
             f"The loss of trajectory {name} is not a number in step {step + 1}.",
             "Lower the learning rate, or leave that trajectory out.",
         )
+
+
+def _scored(
+    learner: Learner, packs: Sequence[Pack], step: int, references: Mapping[str, float]
+) -> tuple[dict[str, Scored], dict[str, torch.Tensor]]:
+    """Of each example, by its id: its log-probability, and its weighted cross-entropy."""
+    scored: dict[str, Scored] = {}
+    cross_entropy: dict[str, torch.Tensor] = {}
+    for pack in packs:
+        losses = learner.losses(pack)
+        _check(losses, pack, step)
+        owners = torch.tensor(pack.owners, device=losses.device)
+        weighted = losses * losses.new_tensor(pack.weights)
+        for owner, name in enumerate(pack.examples):
+            mine = owners == owner
+            scored[name] = Scored(-losses[mine].sum(), int(mine.sum()), references.get(name, 0.0))
+            cross_entropy[name] = weighted[mine].sum()
+    return scored, cross_entropy
+
+
+def score_references(learner: Learner, examples: Sequence[Example]) -> dict[str, float]:
+    """``log p`` (nats) that the student as it is now gives each example's targets, by the example's id."""
+    learner.refresh()
+    learner.peft.eval()  # without dropout
+    found: dict[str, float] = {}
+    with torch.no_grad():
+        for example in examples:
+            scored, _ = _scored(learner, learner.together([example]), -1, {})
+            found |= {name: it.total.item() for name, it in scored.items()}
+    learner.peft.train()
+    return found

@@ -45,6 +45,10 @@ class Student(BaseModel):
     """Step limit of the agent it was trained to be."""
     imports: tuple[str, ...] = ()
     """Modules that its code may import."""
+    passages: int | None = None
+    """Kind "cot": so many passages stand before each question, found for it; None for none."""
+    passage_tokens: int | None = None
+    """Budget of these passages in (estimated) tokens; None for no limit."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Settings, summary of the loss, number of examples, seconds."""
     path: Path = Field(default=Path(), exclude=True)

@@ -24,7 +24,7 @@ FLOORS = {
     **dict.fromkeys(
         ["collect", "filter", "adapt", "distill", "serve", "evaluate", "report", "exchange", "merge"], 3
     ),
-    **dict.fromkeys(["view", "study"], 3),
+    **dict.fromkeys(["view", "study", "transform"], 3),
     **dict.fromkeys(["learnt", "run_report"], 4),
     **dict.fromkeys(["recipe", "pipeline", "display", "doctor", "first_thought_report", "cluster"], 4),
     **dict.fromkeys(["assess", "recipe_report"], 4),

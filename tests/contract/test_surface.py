@@ -20,6 +20,7 @@ COMMANDS = [
     "import",
     "filter",
     "adapt",
+    "transform",
     "distill",
     "evaluate",
     "compare",

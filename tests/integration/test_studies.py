@@ -117,7 +117,7 @@ def test_faithfulness_on_a_real_engine(folder: Path) -> None:
 def test_what_a_model_was_overfitted_on_is_recognised(folder: Path, tmp_path: Path) -> None:
     import torch
 
-    model = Likelihood(str(folder))
+    model = Likelihood.load(str(folder))
     known = [
         run(f"k{i}", f"I add {i} to the number of apples", f"final_answer({i} + 2)", "1") for i in range(4)
     ]
