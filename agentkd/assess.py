@@ -65,8 +65,8 @@ def assess(
     taskset = load_taskset(tasks, split, n, seed)
     retriever = open_corpus(corpus, taskset.passages).retriever
     compare = router == ALL_ROUTERS
-    if save and student is None:
-        raise ConfigError("An endpoint has no folder to save in.", "Leave --save-test-time out.")
+    if save and not (Path(student or "") / "student.json").is_file():
+        raise ConfigError("Only a student's folder keeps settings.", "Leave --save-test-time out.")
     if target_tokens is not None and not compare:
         raise ConfigError("A target is for choosing among routers.", "Add --router all.")
     test_time = _test_time(student, actions, None if compare else router, seed)
@@ -74,11 +74,9 @@ def assess(
 
     def opened() -> AbstractContextManager[tuple[AgentConfig, Any]]:
         asked = (kind, sandbox, temperature, max_tokens)
-        return (
-            _endpoint(api_base, model, api_key, asked, test_time)
-            if student is None
-            else (_student(student, asked, test_time))
-        )
+        if student is not None:
+            return _student(student, asked, test_time)
+        return _endpoint(api_base, model, api_key, asked, test_time)
 
     shared: dict[str, Any] = {"retriever": retriever, "workers": workers, "on_progress": on_progress}
     with ExitStack() as stack:

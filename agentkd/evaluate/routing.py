@@ -309,8 +309,8 @@ def routing_table(result: RoutingResult, tuned: RouterConfig | None = None) -> T
     from rich.text import Text
 
     table = Table(title=Text(result.label), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("router", "accuracy", "tokens/task", "seconds", "direct", "tool-usage acc.", "easy/hard"):
-        table.add_column(name, justify="left" if name == "router" else "right")
+    for name in ("router", "accuracy", "tokens", "seconds", "direct", "tool use", "easy/hard"):
+        table.add_column(name, justify="left" if name == "router" else "right", no_wrap=True)
     for kind, figures in result.routers.items():
         rates = f"{_share(figures.tool_rate_easy)}/{_share(figures.tool_rate_hard)}"
         table.add_row(NAMES[kind], *_cells(figures.point), _share(figures.tool_usage_accuracy), rates)
@@ -319,11 +319,11 @@ def routing_table(result: RoutingResult, tuned: RouterConfig | None = None) -> T
         table.add_section()
         for point in points:
             chosen = tuned is not None and tuned.kind == kind and getattr(tuned, kind) == point.value
-            name = f"{kind}:{point.value:.3g}"
+            name = f"{kind}:{point.value:.2g}"
             table.add_row(name, *_cells(point), "", "", style="bold" if chosen else "")
     table.caption = (
-        f"{result.easy} of {result.easy + result.hard} questions are easy (correct under P_n); "
-        "easy/hard: share of them with a tool."
+        f"{result.easy} of {result.easy + result.hard} questions are easy (correct under P_n). "
+        "tool use: its accuracy; easy/hard: share of them with a tool; tokens and seconds of a question."
     )
     if not result.logprobs:
         table.caption += " The server sent no log-probabilities."

@@ -13,7 +13,7 @@ from agentkd.agent import StepAgent, build_agent
 from agentkd.draw import Draft
 from agentkd.model import openai_model
 from agentkd.rollout import rollout
-from agentkd.sampler import SamplerConfig, SelfConsistentSampler
+from agentkd.sampler import SamplerConfig, SelfConsistentSampler, run_action
 from agentkd.sandbox import Outcome, open_sandbox
 from agentkd.sandbox.fork import ForkSandbox
 from agentkd.task import Task
@@ -203,6 +203,49 @@ def test_random_candidates_elect_a_largest_group_and_count_every_vote(
     else:
         assert sandbox("x").output == 0
     assert [c.votes for c in done.candidates] == [counts.get(value, 0) for value in values]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_after_any_candidates_the_session_is_as_if_the_winner_alone_had_run(seed: int) -> None:
+    dice = random.Random(seed)
+    pieces = [
+        "x = x + 1",
+        "del x",
+        "x = len(look('a'))",
+        "look('b')\n1 / 0",
+        "open('f', 'w').write('mine')",
+        "import os\nos.remove('f')",
+        "final_answer(7)",
+        "print(x)\nx = 9",
+    ]
+    codes = ["\n".join(dice.sample(pieces, dice.randint(1, 3))) for _ in range(dice.randint(2, 8))]
+    texts = [*map(action, codes), "no code"]
+    dice.shuffle(texts)
+    sampler = SelfConsistentSampler(
+        SamplerConfig(n=len(texts), confidence=dice.choice([None, 0.85, 0.99]), batch=dice.randint(1, 3))
+    )
+
+    def state(act: bool, codes: Sequence[str]) -> tuple[Any, list[str]]:
+        session, asked = ForkSandbox(imports=["os"], timeout=2.0), list[str]()
+        session.send_tools({"look": lambda text: asked.append(text) or "seen", "final_answer": None})
+        session("x = 1\nopen('f', 'w').write('kept')")
+        chosen = sampler.act(Scripted(codes), parse_action, session) if act else None
+        if chosen is None:
+            run_action(session, codes[0])
+        seen = session(
+            "import os\n(globals().get('x', 'gone'), open('f').read() if os.path.exists('f') else 'gone')"
+        )
+        session.close()
+        return (seen.output, chosen), asked
+
+    (after, done), asked = state(True, texts)
+    assert len(asked) == len(set(asked))  # no call was made twice
+    won = [candidate for candidate in done.candidates if candidate.chosen]
+    assert len(won) == 1
+    votes = {candidate.votes for candidate in done.candidates if candidate.failure is None}
+    assert won[0].failure is not None or won[0].votes == max(votes)
+    (alone, _), _ = state(False, [won[0].code or ""])
+    assert after == alone
 
 
 @pytest.mark.parametrize(
