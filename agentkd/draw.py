@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,11 @@ class Draft(NamedTuple):
     def mean_logprob(self) -> float | None:
         """Mean over its tokens; None where the server does not say."""
         return sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
+
+    @property
+    def probability(self) -> float:
+        """Of the whole text, at temperature 1; 0 where the server does not say."""
+        return math.exp(sum(self.logprobs)) if self.logprobs else 0.0
 
 
 class Sampling(Protocol):
