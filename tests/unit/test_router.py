@@ -16,6 +16,7 @@ from smolagents.monitoring import TokenUsage
 from agentkd import prompt as prompts
 from agentkd.action import parse_action
 from agentkd.agent import build_agent
+from agentkd.assess import assess
 from agentkd.draw import Draft
 from agentkd.errors import ConfigError, DataError
 from agentkd.evaluate.routing import RoutingPoint, routing_figures, routing_table, tuned_router
@@ -326,3 +327,57 @@ def test_records_of_before_have_no_route() -> None:
     old = json.loads(record.model_dump_json())
     del old["steps"][0]["route"]
     assert Trajectory.model_validate(old).steps[0].route is None
+
+
+def answering(messages: list[dict[str, Any]]) -> str:
+    """A model that knows one of two answers, and can compute both."""
+    texts = [message["content"] for message in messages]
+    system, question = (text if isinstance(text, str) else text[0]["text"] for text in (texts[0], texts[-1]))
+    if system == prompts.DIRECT:
+        return action(f"final_answer({4 if '2' in question else 0})")
+    return action(f"final_answer({question.removesuffix('?')})")
+
+
+def test_evaluate_compares_all_routers_and_goes_on(tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    rows = [{"question": "2 + 2?", "answer": "4"}, {"question": "13 * 17?", "answer": "221"}]
+    tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def evaluate(out: str, **options: Any) -> Any:
+        settings: dict[str, Any] = {
+            "student": None,
+            "tasks": str(tasks),
+            "out": tmp_path / out,
+            "n": None,
+            "split": "all",
+            "seed": 0,
+            "endpoint": (endpoint.url, "fake", None),
+            "kind": None,
+            "sandbox": "local",
+            "corpus": None,
+            "temperature": 0.0,
+            "max_tokens": 64,
+            "workers": 2,
+            "actions": None,
+            "router": None,
+            "target_tokens": None,
+            "save": False,
+            "on_progress": None,
+        }
+        return assess(**{**settings, **options})[0]
+
+    with FakeEndpoint(answering) as endpoint:
+        result = evaluate("all", router="all")
+        assert (result.easy, result.hard, result.oracle.accuracy) == (1, 1, 1.0)
+        assert result.routers["never"].point.accuracy == 0.5
+        assert result.routers["forced"].tool_usage_accuracy == 0.5
+        written = json.loads((tmp_path / "all" / "routing.json").read_text())
+        assert written == result.model_dump(mode="json")
+        asked = len(endpoint.requests)
+        assert evaluate("all", router="all") == result
+        assert len(endpoint.requests) == asked  # nothing was left to run
+        assert evaluate("one", router="forced").overall.accuracy == 1.0
+        with pytest.raises(ConfigError, match="another router"):
+            evaluate("one", router="never")
+        with pytest.raises(ConfigError, match="another sampler"):
+            evaluate("one", router="forced", actions=4)
