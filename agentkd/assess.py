@@ -65,7 +65,7 @@ def assess(
     taskset = load_taskset(tasks, split, n, seed)
     retriever = open_corpus(corpus, taskset.passages).retriever
     compare = router == ALL_ROUTERS
-    if save and not (Path(student or "") / "student.json").is_file():
+    if save and (student is None or not (Path(student) / "student.json").is_file()):
         raise ConfigError("Only a student's folder keeps settings.", "Leave --save-test-time out.")
     if target_tokens is not None and not compare:
         raise ConfigError("A target is for choosing among routers.", "Add --router all.")
