@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +237,11 @@ class RecordedSandbox:
                 for name, tool in tools.items()
             }
         )
+
+    def try_each(self, codes: Sequence[str], timeout: float | None = None, *, more: bool = False) -> Any:
+        if self._recorder.replay:
+            raise NotRecorded(f"step {self._step()}: what was tried in forks is not in the log")
+        return self._sandbox.try_each(codes, timeout, more=more)  # type: ignore[attr-defined]
 
     def __call__(self, code_action: str) -> Any:
         step, recorder = self._step(), self._recorder

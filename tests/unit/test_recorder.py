@@ -143,6 +143,22 @@ def test_drafts_made_side_by_side_are_found_again_in_their_places(
     assert asked > asked_again
 
 
+def test_a_replay_tries_nothing_in_forks() -> None:
+    log, outputs = Log(), [action("go", "final_answer(42)")] * 2
+
+    def draw(past: Past, replay: bool) -> Trajectory:
+        sampler = SelfConsistentSampler(SamplerConfig(n=2))
+        agent = build_agent(ScriptedModel(outputs), sandbox="fork", sampler=sampler)
+        try:
+            return rollout(agent, TASK, recorder=Recorder("1#0", log, past, replay=replay))
+        finally:
+            agent.cleanup()
+
+    draw(Past(), False)
+    with pytest.raises(NotRecorded, match="forks"):
+        draw(log.past(), True)
+
+
 def test_a_replay_asks_nothing_and_runs_nothing() -> None:
     log = Log()
     whole, _, _ = run(OUTPUTS, log)
