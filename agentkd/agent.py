@@ -253,7 +253,10 @@ class StepAgent(CodeAgent):
             }
         )
         if parsed.code is None:
-            problem = NOT_DIRECT if self.mode == "direct" else NO_CODE
+            problem = NO_CODE
+            if self.mode == "direct":
+                problem = NOT_DIRECT
+                self.step_number = self.max_steps  # a direct answer is one step, and this was it
             self._fail(memory_step, step, "parse", problem, "")
             raise AgentParsingError(problem, self.logger)
         if self.watch is not None:

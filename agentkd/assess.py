@@ -77,8 +77,8 @@ def assess(
     compare = router == ALL_ROUTERS
     if compare and (runs > 1 or trained_on is not None):
         raise ConfigError("Routers are compared on one run.", "Leave --runs and --trained-on out.")
-    if save and student is None:
-        raise ConfigError("An endpoint has no folder to save in.", "Leave --save-test-time out.")
+    if save and (student is None or not (Path(student) / "student.json").is_file()):
+        raise ConfigError("Only a student's folder keeps settings.", "Leave --save-test-time out.")
     if target_tokens is not None and not compare:
         raise ConfigError("A target is for choosing among routers.", "Add --router all.")
     test_time = _test_time(student, actions, None if compare else router, seed)
@@ -86,11 +86,9 @@ def assess(
 
     def opened() -> AbstractContextManager[tuple[AgentConfig, Any]]:
         asked = (kind, sandbox, temperature, max_tokens)
-        return (
-            _endpoint(api_base, model, api_key, asked, test_time)
-            if student is None
-            else (_student(student, asked, test_time))
-        )
+        if student is not None:
+            return _student(student, asked, test_time)
+        return _endpoint(api_base, model, api_key, asked, test_time)
 
     shared: dict[str, Any] = {"retriever": retriever, "workers": workers, "on_progress": on_progress}
     with ExitStack() as stack:

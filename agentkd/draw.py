@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from agentkd.errors import ProviderError
+from agentkd.errors import AgentkdError, ProviderError
 from agentkd.model import provider_error, token_usage
 from agentkd.trajectory import Usage, valid_text
 
@@ -33,6 +34,11 @@ class Draft(NamedTuple):
     def mean_logprob(self) -> float | None:
         """Mean over its tokens; None where the server does not say."""
         return sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
+
+    @property
+    def probability(self) -> float:
+        """Of the whole text, at temperature 1; 0 where the server does not say."""
+        return math.exp(sum(self.logprobs)) if self.logprobs else 0.0
 
 
 class Sampling(Protocol):
@@ -103,14 +109,23 @@ class StepDraw:
                     raise
             if len(drafts) < count:
                 self.model.one_at_a_time = True  # known from now on, to all rollouts of this model
-        missing = range(first + len(drafts), first + count)
-        if len(missing) == 1:
-            return drafts + self._ask(self._sampling(config, missing[0], 1))
-        if missing:
-            with ThreadPoolExecutor(len(missing)) as pool:
-                rest = pool.map(lambda number: self._ask(self._sampling(config, number, 1)), missing)
-                drafts = [*drafts, *(draft for found in rest for draft in found)]
-        return drafts
+        missing = list(range(first + len(drafts), first + count))
+        if missing and not drafts and not hasattr(self.model, "refuses_logprobs"):
+            # Alone, to learn that before many ask at once.
+            drafts = self._ask(self._sampling(config, missing.pop(0), 1))
+        return drafts + self._side_by_side([self._sampling(config, number, 1) for number in missing])
+
+    def _side_by_side(self, asked: list[dict[str, Any]]) -> list[Draft]:
+        """One request for each, at the same time."""
+        if len(asked) < 2:
+            return [draft for options in asked for draft in self._ask(options)]
+        if hasattr(self.model, "side_by_side"):
+            models = self.model.side_by_side(len(asked))
+        else:
+            models = [self.model] * len(asked)
+        with ThreadPoolExecutor(len(asked)) as pool:
+            found = pool.map(self._ask, asked, models)
+            return [draft for drafts in found for draft in drafts]
 
     def _sampling(self, config: Sampling, number: int, count: int) -> dict[str, Any]:
         """The options of a request for ``count`` drafts, the first of which has this number."""
@@ -132,23 +147,27 @@ class StepDraw:
         refused = getattr(self.model, "refuses_logprobs", False)
         return {**options, "logprobs": True} if over_http and not refused else options
 
-    def _ask(self, sampling: dict[str, Any]) -> list[Draft]:
+    def _ask(self, sampling: dict[str, Any], model: Model | None = None) -> list[Draft]:
+        model = model or self.model
         try:
-            return self._generate(sampling)
+            drafts, refused = self._generate(sampling, model), False
         except ProviderError as exc:
             if "logprobs" not in sampling or not _not_understood(exc):
                 raise
-        plain = {name: value for name, value in sampling.items() if name != "logprobs"}
-        drafts = self._generate(plain)
-        self.model.refuses_logprobs = True  # that was it, then
+            plain = {name: value for name, value in sampling.items() if name != "logprobs"}
+            drafts, refused = self._generate(plain, model), True
+        if "logprobs" in sampling:
+            self.model.refuses_logprobs = refused
         return drafts
 
-    def _generate(self, sampling: dict[str, Any]) -> list[Draft]:
+    def _generate(self, sampling: dict[str, Any], model: Model) -> list[Draft]:
         began = time.monotonic()
         try:
-            answer = self.model.generate(
+            answer = model.generate(
                 self.messages, stop_sequences=list(STOP_SEQUENCES), **{**self.options, **sampling}
             )
+        except AgentkdError:
+            raise  # named already, with its cause
         except Exception as exc:
             raise provider_error(exc) from exc
         finally:

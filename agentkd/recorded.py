@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -41,18 +41,25 @@ def _fingerprint(*asked: Any) -> str:
 class RecordedModel:
     """A smolagents model whose answers are logged; everything else of it is the model's own."""
 
-    def __init__(self, model: Model, recorder: Recorder, step: Callable[[], int]) -> None:
-        self._model, self._recorder, self._step = model, recorder, step
+    def __init__(
+        self, model: Model, recorder: Recorder, step: Callable[[], int], ordinal: int | None = None
+    ) -> None:
+        self._model, self._recorder, self._step, self._ordinal = model, recorder, step, ordinal
         self._name = str(getattr(model, "model_id", None) or type(model).__name__)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    def side_by_side(self, count: int) -> list[RecordedModel]:
+        """Models for one call each, made at the same time: their places in the log are fixed before."""
+        first = self._recorder.reserve("model", self._step(), count)
+        return [RecordedModel(self._model, self._recorder, self._step, first + k) for k in range(count)]
+
     def generate(self, messages: list[Any], **options: Any) -> ChatMessage:
         step = self._step()
         sampling = getattr(self._model, "kwargs", {})
         request = _fingerprint(self._name, sampling, [_plain_message(item) for item in messages], options)
-        ordinal, call = self._recorder.find("model", step, request)
+        ordinal, call = self._recorder.find("model", step, request, self._ordinal)
         if call is None:
             if self._recorder.replay:
                 raise NotRecorded(f"step {step}: the model was not asked")
@@ -228,6 +235,11 @@ class RecordedSandbox:
                 for name, tool in tools.items()
             }
         )
+
+    def try_each(self, codes: Sequence[str], timeout: float | None = None, *, more: bool = False) -> Any:
+        if self._recorder.replay:
+            raise NotRecorded(f"step {self._step()}: what was tried in forks is not in the log")
+        return self._sandbox.try_each(codes, timeout, more=more)  # type: ignore[attr-defined]
 
     def __call__(self, code_action: str) -> Any:
         step, recorder = self._step(), self._recorder

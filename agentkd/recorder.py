@@ -109,15 +109,26 @@ class Recorder:
         finally:
             agent.model, agent.python_executor, agent.search = model, sandbox, search
 
-    def find(self, kind: str, step: int, request: str) -> tuple[int, Call | None]:
+    def reserve(self, kind: str, step: int, count: int = 1) -> int:
+        """The ordinal of the next call of this kind; so many from it on are taken."""
+        with self._lock:
+            ordinal = self._counts[kind, step]
+            self._counts[kind, step] += count
+        return ordinal
+
+    def find(self, kind: str, step: int, request: str, ordinal: int | None = None) -> tuple[int, Call | None]:
         """The ordinal of the next call of this kind, and the call where it was made before.
+
+        Args:
+            kind, step: of the call.
+            request: what is asked, as a fingerprint.
+            ordinal: a reserved one, for calls that are made side by side.
 
         Raises:
             Diverged: another question was asked there before.
         """
-        with self._lock:
-            ordinal = self._counts[kind, step]
-            self._counts[kind, step] += 1
+        if ordinal is None:
+            ordinal = self.reserve(kind, step)
         call = self._known.get((kind, step, ordinal))
         if call is not None and call.request != request:
             raise Diverged(f"step {step}: another {kind} request than before")

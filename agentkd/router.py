@@ -17,7 +17,6 @@ What was asked to decide is part of the first step: its tokens count there, and 
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -204,8 +203,8 @@ def tool_probability(drafts: Sequence[Draft], parsed: Sequence[Parsed]) -> float
             continue
         tool = not is_direct(action.code)
         count[tool] += 1
-        if draft.logprobs and draft.raw not in seen:
-            known[tool] += math.exp(sum(draft.logprobs))
+        if draft.raw not in seen:
+            known[tool] += draft.probability
         seen.add(draft.raw)
     left = max(0.0, 1 - known[True] - known[False])
     share = (count[True] + 0.5) / (count[True] + count[False] + 1)

@@ -44,10 +44,14 @@ class SamplerConfig(BaseModel):
     """Candidates of a step, at most."""
     temperature: float = Field(default=0.4, gt=0)
     top_p: float = Field(default=0.8, gt=0, le=1)
-    first: int = Field(default=2, ge=1)
+    first: int = Field(default=1, ge=1)
     """Candidates of the first batch."""
-    batch: int = Field(default=2, ge=1)
-    """Candidates of each further batch."""
+    batch: int = Field(default=1, ge=1)
+    """Candidates of each further batch, at least; as many as would settle the vote if they agreed."""
+    likely: float | None = Field(default=0.5, ge=0.5, lt=1)
+    """Probability of the leading outcome, as known by the log-probabilities of its candidates, above
+    which no more are drawn: beyond 0.5 no other outcome is likelier. Needs a temperature of at most 1
+    and a server that sends log-probabilities; None only counts votes."""
     confidence: float | None = Field(default=0.85, gt=0.5, lt=1)
     """Probability that the leading outcome is the likelier one (Beta criterion) at which no more
     are drawn; 0.85 is met by two that agree. None draws all ``n`` in one request."""
@@ -151,7 +155,26 @@ class SelfConsistentSampler:
             return 0
         if config.token_budget is not None and usage.output_tokens >= config.token_budget:
             return 0
-        return 0 if tally.settled(left, config.confidence) else min(config.batch, left)
+        if tally.settled(left, config.confidence) or self._likelier(seen, tally):
+            return 0
+        return min(max(config.batch, tally.missing(left, config.confidence)), left)
+
+    def _likelier(self, seen: list[_Candidate], tally: Tally) -> bool:
+        """Whether the leader is known to be the likeliest of what does not fail.
+
+        Log-probabilities are those at temperature 1. A text of probability above 0.5 has the likeliest
+        token at each place, so a lower temperature, or top_p, only makes it likelier.
+        """
+        config, leaders = self.config, tally.leaders()
+        if config.likely is None or config.temperature > 1 or not leaders:
+            return False
+        known = {"leading": 0.0, "out": 0.0}
+        for number, candidate in {item.draft.raw: (at, item) for at, item in enumerate(seen)}.values():
+            if number in leaders:
+                known["leading"] += candidate.draft.probability
+            elif not tally.size(number):
+                known["out"] += candidate.draft.probability
+        return known["leading"] > config.likely * (1 - known["out"])
 
     def _fallback(self, seen: list[_Candidate]) -> int:
         if self.config.if_all_fail == "first":

@@ -38,7 +38,8 @@ def load_test_time(folder: Path | str) -> TestTime:
     """Read what a student's folder says; a folder without the file has the defaults.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: a setting does not exist, or has no such value.
+        DataError: the file is no JSON.
     """
     path = Path(folder) / FILE
     if not path.is_file():

@@ -139,6 +139,11 @@ class Tally:
                 return
         self.groups.append((outcome, [candidate]))
 
+    def leaders(self) -> Sequence[int]:
+        """The candidates of the winner's group."""
+        winner = self.winner()
+        return next((members for _, members in self.groups if winner in members), ())
+
     @property
     def votes(self) -> list[int]:
         """Size of each group, largest first."""
@@ -167,6 +172,18 @@ class Tally:
             confidence: :func:`lead_probability` that is enough; None for certainty only.
         """
         first, second = [*self.votes, 0, 0][:2]
-        if first - second > left:
-            return True
-        return confidence is not None and first > 0 and lead_probability(first, second) >= confidence
+        return _settled(first, second, left, confidence)
+
+    def missing(self, left: int, confidence: float | None) -> int:
+        """The fewest votes, of ``left``, that would settle it if all went to the leader."""
+        first, second = [*self.votes, 0, 0][:2]
+        return next(
+            (k for k in range(1, left) if _settled(first + k, second, left - k, confidence)),
+            left,
+        )
+
+
+def _settled(first: int, second: int, left: int, confidence: float | None) -> bool:
+    if first - second > left:
+        return True
+    return confidence is not None and first > 0 and lead_probability(first, second) >= confidence

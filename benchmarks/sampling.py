@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import pickle
 import time
 from collections import Counter
 from pathlib import Path
@@ -97,9 +98,9 @@ def students(out: Path, steps: tuple[int, int], n: int) -> dict[str, Path]:
 def settings(most: int) -> dict[str, SamplerConfig | None]:
     """The largest first, so that the others find their drafts."""
     chosen: dict[str, SamplerConfig | None] = {f"fixed{most}": SamplerConfig(n=most, confidence=None)}
-    chosen["adaptive"] = SamplerConfig(n=most)
-    chosen |= {f"fixed{n}": SamplerConfig(n=n, confidence=None) for n in (4, 2) if n < most}
-    return chosen | {"one": SamplerConfig(n=1, confidence=None), "greedy": None}
+    chosen |= {"adaptive": SamplerConfig(n=most), "greedy": None}
+    chosen["one"] = SamplerConfig(n=1, confidence=None)
+    return chosen | {f"fixed{n}": SamplerConfig(n=n, confidence=None) for n in (4, 2) if n < most}
 
 
 def evaluate(name: str, student: Path, family: str, out: Path, n: int, most: int) -> list[Row]:
@@ -107,7 +108,8 @@ def evaluate(name: str, student: Path, family: str, out: Path, n: int, most: int
     rows = []
     taskset = load_taskset(family, "test", n, 1)
     retriever = BM25Retriever(taskset.passages) if taskset.passages else None
-    Nested.cache.clear()
+    drafts = out / name / family.replace(":", "-") / "drafts.pickle"
+    Nested.cache = pickle.loads(drafts.read_bytes()) if drafts.is_file() else {}
     with open_system(str(student), max_tokens=MAX_TOKENS) as system:
         tools = search_tools(retriever, system.config)
         for setting, sampler in settings(most).items():
@@ -119,6 +121,7 @@ def evaluate(name: str, student: Path, family: str, out: Path, n: int, most: int
 
             log = out / name / family.replace(":", "-") / setting / "trajectories.jsonl"
             runs = run_rollouts(taskset.tasks, make, log, workers=WORKERS, log_calls=False)
+            drafts.write_bytes(pickle.dumps(Nested.cache))
             rows.append(Row(name, family, setting, runs))
             print(rows[-1], flush=True)
     return rows
@@ -184,7 +187,7 @@ def overhead(rounds: int) -> float:
     """CPU milliseconds of a step with eight candidates, the model's own time left out."""
     from sandbox import Meter  # the benchmark beside this one
 
-    texts = [f"Thought: go.\n```python\nx = {n % 3}\nprint(x * 7)\n```" for n in range(8)]
+    texts = [f"Thought: go.\n```python\nx = {n}\nprint(x % 3 * 7)\n```" for n in range(8)]
 
     def draw(count: int, first: int, config: SamplerConfig) -> Any:
         from agentkd.trajectory import Usage

@@ -309,12 +309,12 @@ def routing_table(result: RoutingResult, tuned: RouterConfig | None = None) -> T
     from rich.text import Text
 
     table = Table(title=Text(result.label), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("router", "accuracy", "tokens/task", "seconds", "direct", "tool-usage acc.", "easy/hard"):
-        table.add_column(name, justify="left" if name == "router" else "right")
+    for name in ("router", "accuracy", "tokens", "seconds", "direct", "tool use", "easy/hard"):
+        table.add_column(name, justify="left" if name == "router" else "right", no_wrap=True)
     for kind, figures in result.routers.items():
         rates = f"{_share(figures.tool_rate_easy)}/{_share(figures.tool_rate_hard)}"
         table.add_row(NAMES[kind], *_cells(figures.point), _share(figures.tool_usage_accuracy), rates)
-    table.add_row("oracle (P_n or P_f)", *_cells(result.oracle), "", "", style="bold")
+    table.add_row("oracle", *_cells(result.oracle), "", "", style="bold")
     for kind, points in result.curves.items():
         table.add_section()
         for point in points:
@@ -322,17 +322,20 @@ def routing_table(result: RoutingResult, tuned: RouterConfig | None = None) -> T
             name = f"{kind}:{point.value:.3g}"
             table.add_row(name, *_cells(point), "", "", style="bold" if chosen else "")
     table.caption = (
-        f"{result.easy} of {result.easy + result.hard} questions are easy (correct under P_n); "
-        "easy/hard: share of them with a tool."
+        f"{result.easy} of {result.easy + result.hard} questions are easy (correct under P_n). "
+        "tokens, seconds: of a question; tool use: its accuracy; easy/hard: share of them with a tool."
     )
     if not result.logprobs:
         table.caption += " The server sent no log-probabilities."
+    if tuned is not None:
+        value = getattr(tuned, tuned.kind, None)
+        table.caption += f" Chosen: {tuned.kind}" + ("" if value is None else f":{value:.3g}")
     return table
 
 
 def _cells(point: RoutingPoint) -> list[str]:
     interval = f"[{round(point.low * 100)}, {round(point.high * 100)}]"
-    accuracy = f"{point.accuracy:.0%} {interval} n={point.n}"
+    accuracy = f"{point.accuracy:.0%} {interval}"
     return [accuracy, f"{point.tokens:,.0f}", f"{point.seconds:.2f}", f"{point.direct:.0%}"]
 
 

@@ -16,9 +16,11 @@ from agentkd.agent_config import AgentConfig
 from agentkd.calls import Call, Past, iter_calls, read_past
 from agentkd.collect import CollectConfig, collect, replay
 from agentkd.errors import DataError, RetrievalError
+from agentkd.model import openai_model
 from agentkd.record import AppendLog, read_trajectories, write_jsonl
 from agentkd.recorder import Diverged, NotRecorded, Recorder
 from agentkd.rollout import rollout
+from agentkd.sampler import SamplerConfig, SelfConsistentSampler
 from agentkd.secret import REDACTED, Redactor
 from agentkd.task import Task
 from agentkd.testing import FakeEndpoint, ScriptedModel
@@ -108,6 +110,53 @@ def test_it_goes_on_wherever_it_was_cut_off() -> None:
             assert plain(again) == plain(whole)
         written = [call.kind for call in rest.calls]
         assert written == ["begin", *kinds[max(count, 1) :]]
+
+
+@pytest.mark.parametrize(("refused", "refusals"), [((), 0), (("n",), 2), (("n", "logprobs"), 3)])
+def test_drafts_made_side_by_side_are_found_again_in_their_places(
+    refused: tuple[str, ...], refusals: int
+) -> None:
+    """Whichever of them was logged first: the log knows them by their numbers."""
+
+    def reply(messages: list[dict[str, Any]]) -> Any:
+        if any(name in endpoint.requests[-1] for name in refused):  # only ever sent alone
+            return 400, b'{"error": {"message": "unknown field"}}'
+        numbers.append(len(numbers))
+        return action("go", f"final_answer({len(numbers) % 3})")
+
+    def draw(past: Past) -> tuple[Trajectory, int]:
+        model = openai_model("fake", endpoint.url, retries=0)
+        config = SamplerConfig(n=5, confidence=None)  # without a seed all requests are the same
+        agent = build_agent(model, sandbox="local", sampler=SelfConsistentSampler(config))
+        before = len(endpoint.requests)
+        record = rollout(agent, TASK, recorder=Recorder("1#0", log, past))
+        agent.cleanup()
+        return record, len(endpoint.requests) - before
+
+    numbers, log = list[int](), Log()
+    with FakeEndpoint(reply) as endpoint:
+        whole, asked = draw(Past())
+        again, asked_again = draw(log.past())
+    assert len(whole.steps[0].candidates) == 5
+    assert [c.raw for c in again.steps[0].candidates] == [c.raw for c in whole.steps[0].candidates]
+    assert asked_again == refusals  # they are not in the log
+    assert asked > asked_again
+
+
+def test_a_replay_tries_nothing_in_forks() -> None:
+    log, outputs = Log(), [action("go", "final_answer(42)")] * 2
+
+    def draw(past: Past, replay: bool) -> Trajectory:
+        sampler = SelfConsistentSampler(SamplerConfig(n=2))
+        agent = build_agent(ScriptedModel(outputs), sandbox="fork", sampler=sampler)
+        try:
+            return rollout(agent, TASK, recorder=Recorder("1#0", log, past, replay=replay))
+        finally:
+            agent.cleanup()
+
+    draw(Past(), False)
+    with pytest.raises(NotRecorded, match="forks"):
+        draw(log.past(), True)
 
 
 def test_a_replay_asks_nothing_and_runs_nothing() -> None:

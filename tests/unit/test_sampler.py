@@ -13,7 +13,7 @@ from agentkd.agent import StepAgent, build_agent
 from agentkd.draw import Draft
 from agentkd.model import openai_model
 from agentkd.rollout import rollout
-from agentkd.sampler import SamplerConfig, SelfConsistentSampler
+from agentkd.sampler import SamplerConfig, SelfConsistentSampler, run_action
 from agentkd.sandbox import Outcome, open_sandbox
 from agentkd.sandbox.fork import ForkSandbox
 from agentkd.task import Task
@@ -136,26 +136,52 @@ def test_ties_go_to_the_higher_log_probability(sandbox: ForkSandbox) -> None:
 def test_two_that_agree_settle_it_and_more_are_drawn_when_they_differ(sandbox: ForkSandbox) -> None:
     draw = Scripted([action("5"), action("2 + 3"), action("9")])
     done = SelfConsistentSampler().act(draw, parse_action, sandbox)
-    assert (draw.asked, len(done.candidates)) == ([2], 2)
+    assert (draw.asked, len(done.candidates)) == ([1, 1], 2)
     draw = Scripted([action(str(n)) for n in (1, 2, 2, 2, 7, 7, 7, 7)])
     done = SelfConsistentSampler().act(draw, parse_action, sandbox)
-    assert draw.asked == [2, 2, 2, 2]  # 3 to 1 after four is not sure enough: 0.81
+    assert draw.asked == [1, 1, 3, 1, 1, 1]  # always as many as would settle it; 3 to 1 does not: 0.81
     assert done.outcome is not None
     assert done.outcome.value == 7
-    assert done.usage == Usage(input_tokens=28, output_tokens=80)
+    assert done.usage == Usage(input_tokens=42, output_tokens=80)
 
 
 def test_it_stops_when_the_lead_cannot_be_overtaken(sandbox: ForkSandbox) -> None:
     config = SamplerConfig(n=6, confidence=0.999)
     draw = Scripted([action("1")] * 6)
     SelfConsistentSampler(config).act(draw, parse_action, sandbox)
-    assert draw.asked == [2, 2]  # four of six
+    assert draw.asked == [1, 3]  # four of six
 
 
 def test_a_token_budget_ends_the_drawing(sandbox: ForkSandbox) -> None:
     draw = Scripted([action(str(n)) for n in range(8)])
     SelfConsistentSampler(SamplerConfig(token_budget=35)).act(draw, parse_action, sandbox)
-    assert draw.asked == [2, 2]
+    assert draw.asked == [1, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "likely", "asked"),
+    [
+        ([-0.1, -9.0], 0.5, [1]),  # 0.9 of all that could be drawn
+        ([-1.0, -0.1], 0.5, [1, 1]),
+        ([-0.1, -9.0], 0.95, [1, 1]),
+        ([-0.1, -9.0], None, [1, 1]),
+    ],
+)
+def test_an_outcome_that_is_likelier_than_all_others_needs_no_second_vote(
+    sandbox: ForkSandbox, logprobs: list[float], likely: float | None, asked: list[int]
+) -> None:
+    draw = Scripted([action("5"), action("2 + 3")], logprobs)
+    SelfConsistentSampler(SamplerConfig(likely=likely)).act(draw, parse_action, sandbox)
+    assert draw.asked == asked
+
+
+def test_what_fails_is_out_of_the_probabilities_too(sandbox: ForkSandbox) -> None:
+    draw = Scripted([action("1 / 0"), action("5"), action("6")], [-0.4, -1.6, -1.6])  # 0.67, 0.2, 0.2
+    done = SelfConsistentSampler().act(draw, parse_action, sandbox)
+    assert draw.asked[0] == 1
+    assert done.outcome is not None
+    assert done.outcome.value == 5
+    assert len(done.candidates) == 3  # the two that were asked for together
 
 
 def test_without_forks_the_code_votes_and_only_the_winner_runs() -> None:
@@ -203,6 +229,49 @@ def test_random_candidates_elect_a_largest_group_and_count_every_vote(
     else:
         assert sandbox("x").output == 0
     assert [c.votes for c in done.candidates] == [counts.get(value, 0) for value in values]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_after_any_candidates_the_session_is_as_if_the_winner_alone_had_run(seed: int) -> None:
+    dice = random.Random(seed)
+    pieces = [
+        "x = x + 1",
+        "del x",
+        "x = len(look('a'))",
+        "look('b')\n1 / 0",
+        "open('f', 'w').write('mine')",
+        "import os\nos.remove('f')",
+        "final_answer(7)",
+        "print(x)\nx = 9",
+    ]
+    codes = ["\n".join(dice.sample(pieces, dice.randint(1, 3))) for _ in range(dice.randint(2, 8))]
+    texts = [*map(action, codes), "no code"]
+    dice.shuffle(texts)
+    sampler = SelfConsistentSampler(
+        SamplerConfig(n=len(texts), confidence=dice.choice([None, 0.85, 0.99]), batch=dice.randint(1, 3))
+    )
+
+    def state(act: bool, codes: Sequence[str]) -> tuple[Any, list[str]]:
+        session, asked = ForkSandbox(imports=["os"], timeout=2.0), list[str]()
+        session.send_tools({"look": lambda text: asked.append(text) or "seen", "final_answer": None})
+        session("x = 1\nopen('f', 'w').write('kept')")
+        chosen = sampler.act(Scripted(codes), parse_action, session) if act else None
+        if chosen is None:
+            run_action(session, codes[0])
+        seen = session(
+            "import os\n(globals().get('x', 'gone'), open('f').read() if os.path.exists('f') else 'gone')"
+        )
+        session.close()
+        return (seen.output, chosen), asked
+
+    (after, done), asked = state(True, texts)
+    assert len(asked) == len(set(asked))  # no call was made twice
+    won = [candidate for candidate in done.candidates if candidate.chosen]
+    assert len(won) == 1
+    votes = {candidate.votes for candidate in done.candidates if candidate.failure is None}
+    assert won[0].failure is not None or won[0].votes == max(votes)
+    (alone, _), _ = state(False, [won[0].code or ""])
+    assert after == alone
 
 
 @pytest.mark.parametrize(
