@@ -71,6 +71,20 @@ def distill(
     teacher_model: Annotated[
         str | None, typer.Option(help="For the last six: a local model with the same vocabulary.")
     ] = None,
+    adapter: Annotated[str, typer.Option(help='What is trained: "lora", "dora", "qlora" or "full".')] = "lora",
+    eval_fraction: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the questions held out, to keep the best student.")
+    ] = 0.0,
+    eval_every: Annotated[int, typer.Option(min=1, help="Steps between looks at the held-out loss.")] = 10,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="End after so many looks without a better held-out loss.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")
+    ] = False,
+    track: Annotated[
+        str | None, typer.Option(help='Send the figures to "tensorboard", "trackio" or "wandb" as well.')
+    ] = None,
     seed: int = 0,
     show_mask: Annotated[
         int, typer.Option(min=0, help="Print so many examples, coloured by what is learnt, and stop.")
@@ -82,7 +96,7 @@ def distill(
     model: Annotated[str | None, typer.Option(help="With --check: the student's name there.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a LoRA student on kept trajectories; a stopped training goes on from its checkpoint.
+    """Train a student on kept trajectories; a stopped training goes on from its checkpoint.
 
     Before training, every example is held against what the student will be asked and must emit; after
     it, the student is asked again what it was trained on. Token ids must agree.
@@ -110,6 +124,12 @@ def distill(
         "weights": _weights(weights),
         "objective": objective,
         "teacher": teacher_model,
+        "adapter": adapter,
+        "eval_fraction": eval_fraction,
+        "eval_every": eval_every,
+        "patience": patience,
+        "gradient_checkpointing": gradient_checkpointing,
+        "track": track,
         "seed": seed,
     }
     config = DistillConfig(**settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import shutil
@@ -17,15 +18,22 @@ from pydantic import BaseModel, ConfigDict
 from agentkd.distill.batches import batch_indices, total_steps
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
+from agentkd.distill.held_out import Best, held_out_loss
 from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import make_objective
 from agentkd.distill.teacher import LocalTeacher
+from agentkd.distill.tracking import tracker
 from agentkd.distill.workers import Goal, Workers, side_by_side
 from agentkd.engine.weights import load_tokenizer, resolve_model
 from agentkd.errors import ConfigError, TrainingError, boundary
 from agentkd.record import AppendLog, iter_jsonl, write_jsonl
 
-__all__ = ["StepLog", "learning_rate", "run_training"]
+__all__ = ["CHECKPOINTS", "StepLog", "learning_rate", "run_training"]
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
+"""The last, and the one before it, which is taken when the last cannot be read."""
 
 
 class StepLog(BaseModel):
@@ -46,6 +54,8 @@ class StepLog(BaseModel):
     """Tokens that were learnt."""
     seconds: float
     """Wall-clock."""
+    held_out: float | None = None
+    """Mean cross-entropy (nats) of the held-out examples behind this step, where there was a look at them."""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -70,6 +80,7 @@ def run_training(
     out: Path,
     identity: dict[str, str],
     on_progress: Any = None,
+    held_out: Sequence[Example] = (),
 ) -> dict[str, Any]:
     """Train to the end, from the last checkpoint in ``out`` if there is one.
 
@@ -80,6 +91,7 @@ def run_training(
         out: where checkpoint, ``loss.jsonl`` and ``adapter/`` are written.
         identity: hashes of settings and data; a checkpoint with other ones is refused.
         on_progress: called after each step with (step, steps, loss).
+        held_out: what is not learnt; the parameters with the least loss on it are the student's.
 
     Returns:
         A summary: steps, losses, tokens, seconds.
@@ -95,19 +107,41 @@ def run_training(
     begun = _restore(out, identity, parameters, optimizer)
     rows = _rewind(out / "loss.jsonl", begun)
     goal = _goal(base, learner, config)
-    with AppendLog(out / "loss.jsonl") as losses, side_by_side(learner, config, goal) as workers:
+    best = Best(out / "best.pt", [row.held_out for row in rows if row.held_out is not None])
+    with (
+        AppendLog(out / "loss.jsonl") as losses,
+        tracker(config, out) as track,
+        side_by_side(learner, config, goal) as workers,
+    ):
         for step in range(begun, steps):
+            if config.patience is not None and best.since >= config.patience:
+                break
             batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, config.seed, step)]
             rate = learning_rate(step, steps, config.learning_rate, config.warmup)
             row = _step(learner, parameters, optimizer, batch, config, (step, steps), rate, workers)
+            if held_out and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
+                row = row.model_copy(update={"held_out": held_out_loss(learner, held_out)})
+                best.add(row.held_out, parameters)
             losses.append(row)
             rows.append(row)
+            track(row.model_dump(exclude={"step"}, exclude_none=True), row.step)
             if on_progress is not None:
                 on_progress(step + 1, steps, row.loss)
             if (step + 1) % config.save_every == 0 and step + 1 < steps:
                 _save(out, identity, step + 1, parameters, optimizer)
-    _save_adapter(learner, out / "adapter")
-    return _summary(rows, learner)
+    if best.losses:
+        best.restore(parameters)
+    _save_adapter(learner, out / ("model" if learner.whole else "adapter"))
+    return {**_summary(rows, learner), **_held_out(rows)}
+
+
+def _held_out(rows: Sequence[StepLog]) -> dict[str, Any]:
+    """Of the summary: the least held-out loss, and at which step it was."""
+    seen = [row for row in rows if row.held_out is not None]
+    if not seen:
+        return {}
+    least = min(seen, key=lambda row: (row.held_out, row.step))
+    return {"held_out_loss": least.held_out, "best_step": least.step}
 
 
 def _goal(base: Path, learner: Learner, config: DistillConfig) -> Goal:
@@ -192,7 +226,10 @@ def _save(
         file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(out / "checkpoint.pt")
+    latest = out / "checkpoint.pt"
+    if latest.is_file():
+        latest.replace(out / "checkpoint.previous.pt")
+    partial.replace(latest)
 
 
 def _restore(
@@ -201,13 +238,21 @@ def _restore(
     parameters: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> int:
-    """Take over the checkpoint; returns the number of steps that are done."""
-    path = out / "checkpoint.pt"
-    if not path.is_file():
-        return 0
+    """Take over the last checkpoint that can be read; returns the number of steps that are done."""
     again = "Choose another --out, or remove the folder to start again."
-    with boundary(TrainingError, f"reading {path}", again):
-        state = torch.load(path, map_location=parameters[0].device, weights_only=True)
+    present = [path for name in CHECKPOINTS if (path := out / name).is_file()]
+    if not present:
+        return 0
+    for path in present:
+        try:
+            with boundary(TrainingError, f"reading {path}", again):
+                state = torch.load(path, map_location=parameters[0].device, weights_only=True)
+        except TrainingError as exc:
+            if path == present[-1]:
+                raise
+            log.warning("%s Going on from the one before.", exc.message)
+        else:
+            break
     if state["identity"] != identity:
         raise ConfigError(f"{out} holds a training with other settings, data or base model.", again)
     with boundary(TrainingError, f"taking over {path}", again), torch.no_grad():

@@ -13,9 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from agentkd.distill.adapters import check_adapter
+from agentkd.distill.batches import hold_out
+from agentkd.distill.card import write_card
 from agentkd.distill.config import DistillConfig
-from agentkd.distill.examples import ExampleSet, build_examples
+from agentkd.distill.examples import Example, ExampleSet, build_examples
 from agentkd.distill.inherit import check_parent, data_hash
+from agentkd.distill.memory import (
+    MIB,
+    estimate_memory,
+    free_memory,
+    refuse_too_little,
+    told_what_to_lower,
+)
 from agentkd.distill.parity import find_faults, refuse_faults
 from agentkd.distill.served import Replay, ServedParity, check_served, engine, make_replays, write_parity
 from agentkd.engine.student import Student, is_student, load_student
@@ -23,6 +33,7 @@ from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model, st
 from agentkd.errors import ConfigError, DataError, TrainingError, boundary
 from agentkd.prompt import FENCE_CLOSE, FENCE_OPEN
 from agentkd.record import read_json, read_trajectories, write_json, write_manifest
+from agentkd.trajectory import Trajectory
 
 __all__ = ["Progress", "distill"]
 
@@ -73,16 +84,32 @@ def distill(
                 failed_steps=config.failed_steps,
             )
         )
+        learnt, held_out = _held_out(examples, items, config)
         identity["examples"] = examples.digest()
         with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
             from agentkd.distill.loop import run_training
-        with boundary(TrainingError, f"training {out}", "Lower micro_tokens if memory ran out."):
-            summary = run_training(base, examples.examples, config, out, identity, on_progress)
+        check_adapter(config)
+        need, free = estimate_memory(base, config, examples.examples), free_memory()
+        log.info("The training needs about %s.", need)
+        if warning := refuse_too_little(need, free, config):
+            log.warning(warning)
+        with boundary(TrainingError, f"training {out}"), told_what_to_lower(config):
+            summary = run_training(base, learnt, config, out, identity, on_progress, held_out)
+        summary["memory_estimate_mib"] = round(need.total / MIB)
         if parent is not None:
             summary["parent"] = parent
         replays = make_replays(examples.examples, items, examples.system_prompt, tokenizer, config.replays)
         _close(out, trajectories, tokenizer, config, examples, identity, summary, replays)
     return load_student(out)
+
+
+def _held_out(
+    examples: ExampleSet, items: dict[str, Trajectory], config: DistillConfig
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    tasks = {
+        it.id: items[it.id if it.id in items else it.id.rpartition("/")[0]].task.id for it in examples.examples
+    }
+    return hold_out(examples.examples, tasks, config.eval_fraction, config.seed)
 
 
 def _finished(out: Path, fingerprint: str) -> Student:
@@ -92,8 +119,14 @@ def _finished(out: Path, fingerprint: str) -> Student:
             f"{out} already holds a student with other settings or other trajectories.",
             "Choose another --out, or remove the folder.",
         )
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    _tidy(out)
     return student
+
+
+def _tidy(out: Path) -> None:
+    """Remove what only an unfinished training needs."""
+    for name in ("checkpoint.pt", "checkpoint.previous.pt", "best.pt"):
+        (out / name).unlink(missing_ok=True)
 
 
 def _close(
@@ -116,6 +149,7 @@ def _close(
         fences=(FENCE_OPEN, FENCE_CLOSE),
         max_steps=examples.max_steps,
         imports=examples.imports,
+        weights="model" if config.adapter == "full" else "adapter",
         training={
             "config": config.model_dump(mode="json"),
             "fingerprint": identity["fingerprint"],
@@ -139,10 +173,11 @@ def _close(
             out / "student.json",
             out / "loss.jsonl",
             out / "parity.json",
-            out / "adapter" / "adapter_model.safetensors",
+            *sorted((out / student.weights).glob("*.safetensors")),
         ],
     )
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    write_card(load_student(out))
+    _tidy(out)
 
 
 def _served_parity(out: Path, replays: list[Replay], config: DistillConfig) -> ServedParity:
@@ -151,7 +186,8 @@ def _served_parity(out: Path, replays: list[Replay], config: DistillConfig) -> S
 
     tokenizer = load_tokenizer(out)
     system = read_json(out / "student.json")["system_prompt"]
-    with TorchEngine.load(resolve_model(config.base), out / "adapter", threads=config.threads) as model:
+    weights = out / ("model" if config.adapter == "full" else "adapter")
+    with TorchEngine.load(resolve_model(config.base), weights, threads=config.threads) as model:
         result = check_served(replays, system, tokenizer, engine(model, tokenizer), "embedded engine")
     for fault in result.faults:
         log.warning("What is served is not what was trained: %s", fault)
