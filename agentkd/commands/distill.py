@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +73,9 @@ def distill(
     teacher_model: Annotated[
         str | None, typer.Option(help="For the last six: a local model with the same vocabulary.")
     ] = None,
-    adapter: Annotated[str, typer.Option(help='What is trained: "lora", "dora", "qlora" or "full".')] = "lora",
+    adapter: Annotated[
+        str, typer.Option(help='What is trained: "lora", "dora", "qlora" or "full".')
+    ] = "lora",
     eval_fraction: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of the questions held out, to keep the best student.")
     ] = 0.0,
@@ -79,12 +83,19 @@ def distill(
     patience: Annotated[
         int | None, typer.Option(min=1, help="End after so many looks without a better held-out loss.")
     ] = None,
+    precision: Annotated[str, typer.Option(help='"auto", "bf16" or "fp32".')] = "auto",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")
     ] = False,
     track: Annotated[
         str | None, typer.Option(help='Send the figures to "tensorboard", "trackio" or "wandb" as well.')
     ] = None,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes that train together, a GPU each; without GPUs they share the cores."
+        ),
+    ] = 1,
     seed: int = 0,
     show_mask: Annotated[
         int, typer.Option(min=0, help="Print so many examples, coloured by what is learnt, and stop.")
@@ -125,6 +136,7 @@ def distill(
         "objective": objective,
         "teacher": teacher_model,
         "adapter": adapter,
+        "precision": precision,
         "eval_fraction": eval_fraction,
         "eval_every": eval_every,
         "patience": patience,
@@ -140,6 +152,12 @@ def distill(
         return
     if out is None:
         raise ConfigError("No folder to write was given.", "Add --out student.")
+    if gpus > 1 and "RANK" not in os.environ:
+        from agentkd.distill.ranks import start_ranks
+
+        if code := start_ranks(gpus, sys.argv[1:]):
+            raise typer.Exit(code)
+        return
     _train(trajectories, out, config, as_json)
 
 

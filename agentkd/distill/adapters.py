@@ -41,12 +41,16 @@ def check_adapter(config: DistillConfig) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise ConfigError("The adapter qlora needs a CUDA device.", "Use --adapter lora, or a machine with a GPU.")
+        raise ConfigError(
+            "The adapter qlora needs a CUDA device.", "Use --adapter lora, or a machine with a GPU."
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("The adapter qlora needs bitsandbytes.", 'Install it: pip install "agentkd[quant]"')
 
 
-def load_trainable(base: Path, config: DistillConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_trainable(
+    base: Path, config: DistillConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, Any]:
     """The base model, and the same with what is trained: one object when that is every weight.
 
     Args:

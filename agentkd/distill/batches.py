@@ -76,7 +76,7 @@ def hold_out(
     """
     if fraction == 0:
         return tuple(examples), ()
-    names = sorted(set(tasks[example.id] for example in examples))
+    names = sorted({tasks[example.id] for example in examples})
     if len(names) < 2:
         raise DataError("All examples are of one question: none can be held out.", "Set --eval-fraction 0.")
     random.Random(f"held out:{seed}").shuffle(names)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from agentkd.engine.student import Student
+from agentkd.errors import ConfigError, boundary
 from agentkd.record import read_json, write_text
 
-__all__ = ["write_card"]
+__all__ = ["read_results", "write_card"]
 
 _SHOWN = ("objective", "adapter", "lora_r", "lora_alpha", "learning_rate", "batch_size", "max_length", "seed")
 _FIGURES = {
@@ -40,6 +41,25 @@ def write_card(student: Student, results: Mapping[str, str] | None = None) -> Pa
     return path
 
 
+def read_results(folder: Path) -> dict[str, str]:
+    """Accuracy with its 95% interval, in all and of each family, from a folder of ``agentkd evaluate``.
+
+    Raises:
+        ConfigError: it holds no finished evaluation.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no finished evaluation.", "Give the --out of agentkd evaluate.")
+    with boundary(ConfigError, f"reading {path}", "Evaluate again."):
+        result = read_json(path)
+        cells = {"all": result["overall"], **result["families"]}
+        return {name: _cell(cell) for name, cell in cells.items() if cell["n"]}
+
+
+def _cell(cell: Mapping[str, Any]) -> str:
+    return f"{cell['accuracy']:.3f} ({cell['low']:.3f} to {cell['high']:.3f}), n = {cell['n']}"
+
+
 def _data(folder: Path) -> list[str]:
     manifest = folder / "manifest.json"
     inputs = read_json(manifest).get("inputs", {}) if manifest.is_file() else {}
@@ -52,14 +72,16 @@ def _card(student: Student, data: list[str], results: Mapping[str, str]) -> str:
     base = "" if student.base.startswith(("/", ".")) else f"base_model: {student.base}\n"
     library = "peft" if student.weights == "adapter" else "transformers"
     recipe = [f"| {name} | {config[name]} |" for name in _SHOWN if name in config]
-    figures = [f"| {text} | {_number(training[name])} |" for name, text in _FIGURES.items() if name in training]
+    figures = [
+        f"| {text} | {_number(training[name])} |" for name, text in _FIGURES.items() if name in training
+    ]
     tested = [f"| {name} | {text} |" for name, text in results.items()]
     dropped = ", ".join(f"{count} {reason}" for reason, count in training.get("dropped", {}).items())
     lines = [
         f"---\n{base}library_name: {library}\ntags: [agentkd, distillation]\n---",
         f"# {student.path.resolve().name}",
-        f"A student of kind `{student.kind}`, distilled from {student.base} with agentkd. Its base weights have the "
-        f"SHA-256 `{student.base_hash}`.",
+        f"A student of kind `{student.kind}`, distilled from {student.base} with agentkd. "
+        f"Its base weights have the SHA-256 `{student.base_hash}`.",
         "## Data",
         *(data or ["Not recorded."]),
         *([f"Left out: {dropped}."] if dropped else []),

@@ -72,7 +72,10 @@ class Best:
         Raises:
             TrainingError: the file cannot be read.
         """
-        with boundary(TrainingError, f"reading {self.path}", "Remove the folder to start again."), torch.no_grad():
+        with (
+            boundary(TrainingError, f"reading {self.path}", "Remove the folder to start again."),
+            torch.no_grad(),
+        ):
             kept = torch.load(self.path, map_location=parameters[0].device, weights_only=True)
             for value, saved in zip(parameters, kept, strict=True):
                 value.copy_(saved)

@@ -69,7 +69,9 @@ class Learner:
         self.whole = config.adapter == "full"
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
-            enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.24
+            enable = getattr(
+                model, "activation_checkpointing_enable", None
+            )  # its name since transformers 5.24
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.peft.train()
         self._budget = config.micro_tokens

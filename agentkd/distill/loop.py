@@ -21,6 +21,7 @@ from agentkd.distill.examples import Example
 from agentkd.distill.held_out import Best, held_out_loss
 from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import make_objective
+from agentkd.distill.ranks import mine, sum_over_ranks, world
 from agentkd.distill.teacher import LocalTeacher
 from agentkd.distill.tracking import tracker
 from agentkd.distill.workers import Goal, Workers, side_by_side
@@ -120,8 +121,9 @@ def run_training(
             rate = learning_rate(step, steps, config.learning_rate, config.warmup)
             row = _step(learner, parameters, optimizer, batch, config, (step, steps), rate, workers)
             if held_out and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-                row = row.model_copy(update={"held_out": held_out_loss(learner, held_out)})
-                best.add(row.held_out, parameters)
+                unseen = held_out_loss(learner, held_out)
+                best.add(unseen, parameters)
+                row = row.model_copy(update={"held_out": unseen})
             losses.append(row)
             rows.append(row)
             track(row.model_dump(exclude={"step"}, exclude_none=True), row.step)
@@ -178,9 +180,10 @@ def _step(
     learner.refresh()
     loss = 0.0
     weight = sum(example.weight for example in batch)
-    for part, grads in workers.map(learner.packs(batch, workers.count), weight, step, steps):
+    for part, grads in workers.map(mine(learner.packs(batch, workers.count * world())), weight, step, steps):
         loss += part
         _accumulate(parameters, grads)
+    loss = sum_over_ranks(parameters, loss)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     if not math.isfinite(norm.item()):
         raise TrainingError(f"The gradient of step {step + 1} is not a number.", "Lower the learning rate.")

@@ -51,7 +51,11 @@ class MemoryNeed:
             ("activations", self.activations),
             ("logits", self.logits),
         )
-        return f"{self.total / MIB:,.0f} MiB (" + ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts) + ")"
+        return (
+            f"{self.total / MIB:,.0f} MiB ("
+            + ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts)
+            + ")"
+        )
 
 
 def estimate_memory(base: Path, config: DistillConfig, examples: Sequence[Example]) -> MemoryNeed:
@@ -72,7 +76,9 @@ def estimate_memory(base: Path, config: DistillConfig, examples: Sequence[Exampl
     text = shape.get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
-    inner = [it for it in model.modules() if isinstance(it, nn.Linear) and it is not model.get_output_embeddings()]
+    inner = [
+        it for it in model.modules() if isinstance(it, nn.Linear) and it is not model.get_output_embeddings()
+    ]
     size = 2 if compute_dtype(config.precision) == torch.bfloat16 else 4
     whole = sum(value.numel() for value in model.parameters())
     linear = sum(it.weight.numel() for it in inner)
@@ -127,7 +133,9 @@ def refuse_too_little(need: MemoryNeed, free: float, config: DistillConfig) -> s
     if need.fixed > free:
         raise TrainingError(
             f"The training needs {need}, and {free / MIB:,.0f} MiB are free.",
-            "Use --adapter qlora or a smaller base model." if config.adapter != "full" else "Use --adapter lora.",
+            "Use --adapter qlora or a smaller base model."
+            if config.adapter != "full"
+            else "Use --adapter lora.",
         )
     if need.total > free:
         return f"The training may need {need}, and {free / MIB:,.0f} MiB are free. {what_to_lower(config)}"
@@ -156,11 +164,13 @@ def told_what_to_lower(config: DistillConfig) -> Iterator[None]:
     except (MemoryError, RuntimeError) as exc:
         if not _ran_out(exc):
             raise
-        raise TrainingError(f"Memory ran out in training: {str(exc).splitlines()[0]}", what_to_lower(config)) from exc
+        raise TrainingError(
+            f"Memory ran out in training: {str(exc).splitlines()[0]}", what_to_lower(config)
+        ) from exc
 
 
 def _ran_out(exc: Any) -> bool:
     import torch
 
-    text = str(exc)
-    return isinstance(exc, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in text or "out of memory" in text
+    said = ("not enough memory", "out of memory", "can't allocate memory")
+    return isinstance(exc, (MemoryError, torch.OutOfMemoryError)) or any(it in str(exc) for it in said)

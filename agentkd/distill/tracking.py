@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agentkd.distill.config import DistillConfig
+from agentkd.distill.ranks import rank
 from agentkd.errors import ConfigError, boundary
 
 __all__ = ["tracker"]
@@ -21,18 +22,19 @@ Send = Callable[[dict[str, float], int], None]
 def tracker(config: DistillConfig, out: Path) -> Iterator[Send]:
     """Where figures go: nowhere, unless ``config.track`` names a tracker of accelerate.
 
-    TensorBoard writes into ``out/tensorboard``; trackio keeps them on this machine and wandb sends them to its
-    service, as they are configured there.
+    TensorBoard writes into ``out/tensorboard``; trackio keeps them on this machine and wandb sends them
+    to its service, as they are configured there.
 
     Raises:
         ConfigError: the tracker is not installed, or refuses.
     """
-    if config.track is None:
+    if config.track is None or rank():
         yield lambda figures, step: None
         return
     if importlib.util.find_spec(config.track) is None:
         raise ConfigError(
-            f"{config.track} is not installed.", f"Install it (pip install {config.track}), or leave --track out."
+            f"{config.track} is not installed.",
+            f"Install it (pip install {config.track}), or leave --track out.",
         )
     with boundary(ConfigError, f"starting {config.track}", "Leave --track out to train without it."):
         chosen = _start(config.track, out)
@@ -57,4 +59,7 @@ def _start(name: str, out: Path) -> Any:
 
 def _flat(config: DistillConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
-    return {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in values.items()}
+    return {
+        key: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for key, value in values.items()
+    }

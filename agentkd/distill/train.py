@@ -27,6 +27,7 @@ from agentkd.distill.memory import (
     told_what_to_lower,
 )
 from agentkd.distill.parity import find_faults, refuse_faults
+from agentkd.distill.ranks import group, rank
 from agentkd.distill.served import Replay, ServedParity, check_served, engine, make_replays, write_parity
 from agentkd.engine.student import Student, is_student, load_student
 from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model, stop_ids
@@ -93,8 +94,10 @@ def distill(
         log.info("The training needs about %s.", need)
         if warning := refuse_too_little(need, free, config):
             log.warning(warning)
-        with boundary(TrainingError, f"training {out}"), told_what_to_lower(config):
-            summary = run_training(base, learnt, config, out, identity, on_progress, held_out)
+        with boundary(TrainingError, f"training {out}"), told_what_to_lower(config), group(out) as place:
+            summary = run_training(base, learnt, config, place, identity, on_progress, held_out)
+        if rank():
+            raise SystemExit(0)  # the first process has all that is to be written
         summary["memory_estimate_mib"] = round(need.total / MIB)
         if parent is not None:
             summary["parent"] = parent
@@ -107,7 +110,8 @@ def _held_out(
     examples: ExampleSet, items: dict[str, Trajectory], config: DistillConfig
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     tasks = {
-        it.id: items[it.id if it.id in items else it.id.rpartition("/")[0]].task.id for it in examples.examples
+        it.id: items[it.id if it.id in items else it.id.rpartition("/")[0]].task.id
+        for it in examples.examples
     }
     return hold_out(examples.examples, tasks, config.eval_fraction, config.seed)
 
@@ -198,6 +202,10 @@ def _served_parity(out: Path, replays: list[Replay], config: DistillConfig) -> S
 def _only_one(out: Path) -> Iterator[None]:
     """Hold the folder for this process; the lock goes with the process, however it ends."""
     import fcntl
+
+    if rank():  # it helps the process that holds the folder, and writes nothing there
+        yield
+        return
 
     with boundary(ConfigError, f"opening {out}", "Choose another --out."):
         out.mkdir(parents=True, exist_ok=True)

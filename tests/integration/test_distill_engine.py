@@ -1,5 +1,7 @@
 """What training offers beside plain LoRA: other adapters, held-out questions, memory, trackers, damage."""
 
+# The fixtures of another module are taken by their names.
+# ruff: noqa: F811
 from __future__ import annotations
 
 import json
@@ -14,7 +16,7 @@ import pytest
 
 from agentkd.distill import DistillConfig, distill
 from agentkd.distill.batches import hold_out, pack_batch
-from agentkd.distill.card import write_card
+from agentkd.distill.card import read_results, write_card
 from agentkd.distill.memory import (
     MIB,
     MemoryNeed,
@@ -92,8 +94,8 @@ def logits_of(model: Any) -> Any:
 
 @pytest.mark.parametrize("adapter", ["dora", "full"])
 def test_every_kind_of_student_is_served_as_it_was_trained(
-    base: Path,  # noqa: F811
-    kept: Path,  # noqa: F811
+    base: Path,
+    kept: Path,
     tmp_path: Path,
     adapter: str,
 ) -> None:
@@ -120,7 +122,9 @@ def test_every_kind_of_student_is_served_as_it_was_trained(
     assert done.logprobs[0] == pytest.approx(expected[0, -1].log_softmax(-1).max().item(), abs=1e-3)
 
 
-def test_qlora_without_a_gpu_says_so_before_anything_is_loaded(base: Path, kept: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_qlora_without_a_gpu_says_so_before_anything_is_loaded(
+    base: Path, kept: Path, tmp_path: Path
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="qlora needs a CUDA device"):
@@ -138,7 +142,7 @@ def test_no_question_is_on_both_sides() -> None:
 
 
 @pytest.fixture(scope="module")
-def stopped(base: Path, kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def stopped(base: Path, kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stopped") / "s"
     distill(kept, out, stopping(base))
     return out
@@ -162,8 +166,8 @@ def test_training_ends_when_the_held_out_loss_no_longer_falls(stopped: Path) -> 
 
 
 def test_a_killed_run_stops_at_the_same_step_with_the_same_student(
-    base: Path,  # noqa: F811
-    kept: Path,  # noqa: F811
+    base: Path,
+    kept: Path,
     stopped: Path,
     tmp_path: Path,
 ) -> None:
@@ -171,13 +175,15 @@ def test_a_killed_run_stops_at_the_same_step_with_the_same_student(
     run_until_killed(kept, tmp_path / "s", stopping(base), last - 1)
     distill(kept, tmp_path / "s", stopping(base))
     assert losses(tmp_path / "s") == pytest.approx(losses(stopped), abs=1e-6)
-    weights = [(it / "adapter" / "adapter_model.safetensors").read_bytes() for it in (tmp_path / "s", stopped)]
+    weights = [
+        (it / "adapter" / "adapter_model.safetensors").read_bytes() for it in (tmp_path / "s", stopped)
+    ]
     assert weights[0] == weights[1]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    base: Path,  # noqa: F811
-    kept: Path,  # noqa: F811
+    base: Path,
+    kept: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -199,7 +205,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert not (out / "checkpoint.previous.pt").exists()
 
 
-def test_the_memory_estimate_counts_what_is_there(base: Path) -> None:  # noqa: F811
+def test_the_memory_estimate_counts_what_is_there(base: Path) -> None:
     batch = examples(100)
     config = settings(base, micro_tokens=200)
     need = estimate_memory(base, config, batch)
@@ -214,29 +220,31 @@ def test_the_memory_estimate_counts_what_is_there(base: Path) -> None:  # noqa: 
     full = estimate_memory(base, settings(base, adapter="full"), batch)
     assert full.trained == 16 * frozen
     dora = estimate_memory(base, settings(base, adapter="dora"), batch)
-    assert dora.trained == 16 * sum(it.numel() for it in Learner(base, settings(base, adapter="dora")).parameters())
+    assert dora.trained == 16 * sum(
+        it.numel() for it in Learner(base, settings(base, adapter="dora")).parameters()
+    )
 
 
-def test_too_little_memory_is_told_with_what_to_lower(base: Path, kept: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_too_little_memory_is_told_with_what_to_lower(base: Path, kept: Path, tmp_path: Path) -> None:
     need = MemoryNeed(weights=100 * MIB, trained=50 * MIB, activations=200 * MIB, logits=0)
     assert refuse_too_little(need, 400 * MIB, DistillConfig()) is None
     warning = refuse_too_little(need, 300 * MIB, DistillConfig())
     assert warning is not None and "Lower micro_tokens (now 2048)" in warning
-    with pytest.raises(TrainingError, match="needs 350 MiB.*120 MiB are free"):
+    with pytest.raises(TrainingError, match=r"needs 350 MiB.*120 MiB are free"):
         refuse_too_little(need, 120 * MIB, DistillConfig())
 
     def run_out(*_: object) -> None:
         torch.empty(1 << 60)
 
-    with pytest.raises(TrainingError, match="Memory ran out.*Lower micro_tokens"):
+    with pytest.raises(TrainingError, match=r"Memory ran out.*Lower micro_tokens"):
         distill(kept, tmp_path / "s", settings(base), run_out)
     with pytest.raises(RuntimeError, match="something else"), told_what_to_lower(DistillConfig()):
         raise RuntimeError("something else")
 
 
 def test_tensorboard_gets_the_figures_of_each_step_and_only_when_asked(
-    base: Path,  # noqa: F811
-    kept: Path,  # noqa: F811
+    base: Path,
+    kept: Path,
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("tensorboard")
@@ -250,7 +258,7 @@ def test_tensorboard_gets_the_figures_of_each_step_and_only_when_asked(
     assert [it.value for it in read.Scalars("loss")] == pytest.approx(losses(tmp_path / "s"), rel=1e-5)
 
 
-def test_a_tracker_that_is_not_installed_is_told(base: Path, kept: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_tracker_that_is_not_installed_is_told(base: Path, kept: Path, tmp_path: Path) -> None:
     from importlib.util import find_spec
 
     if find_spec("wandb") is not None:
@@ -260,7 +268,7 @@ def test_a_tracker_that_is_not_installed_is_told(base: Path, kept: Path, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def student(base: Path, kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def student(base: Path, kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("released") / "student"
     distill(kept, out, settings(base, steps=4, replays=0))
     return out
@@ -273,7 +281,7 @@ def export(*arguments: str, **environment: str) -> Any:
     )
 
 
-def test_merged_weights_say_what_base_and_adapter_say(student: Path, base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_merged_weights_say_what_base_and_adapter_say(student: Path, base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     done = export(str(student), "--merged", str(tmp_path / "merged"), "--json")
@@ -335,5 +343,33 @@ def test_the_card_tells_data_recipe_and_results(student: Path) -> None:
     assert "`kept.jsonl`, SHA-256 `" in text
     assert "| lora_r | 16 |" in text and "| steps | 4 |" in text
     assert "Not evaluated yet." in text and "search(query)" in text
-    write_card(load_student(student), {"gym:lcm": "0.61 (0.51 to 0.70), n = 100"})
-    assert "| gym:lcm | 0.61 (0.51 to 0.70), n = 100 |" in (student / "README.md").read_text()
+    with pytest.raises(ConfigError, match="no finished evaluation"):
+        read_results(student)
+    cell = {"n": 100, "accuracy": 0.61, "low": 0.512, "high": 0.7}
+    (student / "result.json").write_text(json.dumps({"overall": cell, "families": {"lcm": cell}}))
+    write_card(load_student(student), read_results(student))
+    assert "| lcm | 0.610 (0.512 to 0.700), n = 100 |" in (student / "README.md").read_text()
+
+
+def test_two_processes_train_what_one_trains(base: Path, kept: Path, tmp_path: Path) -> None:
+    config = settings(base, steps=8, replays=0)
+    distill(kept, tmp_path / "one", config)
+    options = [
+        "--base",
+        str(base),
+        "--steps",
+        "8",
+        "--batch-size",
+        "4",
+        "--lr",
+        "0.01",
+        "--precision",
+        "fp32",
+    ]
+    command = [sys.executable, "-m", "agentkd", "distill", str(kept), *options, "--gpus", "2", "--json"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["training"]["steps"] == 8
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
