@@ -164,8 +164,9 @@ def distill(
 def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) -> None:
     from agentkd.display import Display
     from agentkd.distill import distill as run
+    from agentkd.distill.ranks import rank
 
-    with Display(as_json) as shown:
+    with Display(as_json or rank() > 0) as shown:
         shown.stage("distill")
         student = run(trajectories, out, config, shown.training)
         shown.done(f"{student.training['steps']} steps, loss {student.training['last_loss']:.3f}")
