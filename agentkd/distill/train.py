@@ -21,6 +21,7 @@ from agentkd.distill.examples import Example, ExampleSet, build_examples
 from agentkd.distill.inherit import check_parent, data_hash
 from agentkd.distill.memory import (
     MIB,
+    MemoryNeed,
     estimate_memory,
     free_memory,
     refuse_too_little,
@@ -90,10 +91,7 @@ def distill(
         with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
             from agentkd.distill.loop import run_training
         check_adapter(config)
-        need, free = estimate_memory(base, config, examples.examples), free_memory()
-        log.info("The training needs about %s.", need)
-        if warning := refuse_too_little(need, free, config):
-            log.warning(warning)
+        need = _memory(base, examples, config)
         with boundary(TrainingError, f"training {out}"), told_what_to_lower(config), group(out) as place:
             summary = run_training(base, learnt, config, place, identity, on_progress, held_out)
         if rank():
@@ -104,6 +102,14 @@ def distill(
         replays = make_replays(examples.examples, items, examples.system_prompt, tokenizer, config.replays)
         _close(out, trajectories, tokenizer, config, examples, identity, summary, replays)
     return load_student(out)
+
+
+def _memory(base: Path, examples: ExampleSet, config: DistillConfig) -> MemoryNeed:
+    need = estimate_memory(base, config, examples.examples)
+    log.info("The training needs about %s.", need)
+    if warning := refuse_too_little(need, free_memory(), config):
+        log.warning(warning)
+    return need
 
 
 def _held_out(
