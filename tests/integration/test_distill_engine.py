@@ -351,6 +351,7 @@ def test_the_card_tells_data_recipe_and_results(student: Path) -> None:
     assert "| lcm | 0.610 (0.512 to 0.700), n = 100 |" in (student / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(base: Path, kept: Path, tmp_path: Path) -> None:
     config = settings(base, steps=8, replays=0)
     distill(kept, tmp_path / "one", config)
