@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo
-EXTRAS := tasks,train,serve,report,mcp,e2b,dense,documents,exchange,ray,prices,telemetry,math
+EXTRAS := tasks,train,track,serve,report,mcp,e2b,dense,documents,exchange,ray,prices,telemetry,math
 # torch is named alone so that pip takes a CPU build where one is offered; on a GPU machine use TORCH=torch.
 TORCH ?= torch==2.13.0
 

@@ -16,6 +16,7 @@ from agentkd.commands import doctor
 from agentkd.commands import evaluate as evaluate_command
 from agentkd.commands import exchange as exchange_commands
 from agentkd.commands import merge as merge_command
+from agentkd.commands import release as release_command
 from agentkd.commands import report as report_command
 from agentkd.commands import retrieval as retrieval_commands
 from agentkd.commands import score as score_command
@@ -184,7 +185,7 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-for _commands in (merge_command, exchange_commands, doctor):
+for _commands in (merge_command, exchange_commands, release_command, doctor):
     _commands.register(app)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +81,29 @@ def distill(
     order: Annotated[
         str, typer.Option(help='Each pass in another order ("shuffle"), or in that of the "file".')
     ] = "shuffle",
+    adapter: Annotated[
+        str, typer.Option(help='What is trained: "lora", "dora", "qlora" or "full".')
+    ] = "lora",
+    eval_fraction: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the questions held out, to keep the best student.")
+    ] = 0.0,
+    eval_every: Annotated[int, typer.Option(min=1, help="Steps between looks at the held-out loss.")] = 10,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="End after so many looks without a better held-out loss.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help='"auto", "bf16" or "fp32".')] = "auto",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")
+    ] = False,
+    track: Annotated[
+        str | None, typer.Option(help='Send the figures to "tensorboard", "trackio" or "wandb" as well.')
+    ] = None,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes that train together, a GPU each; without GPUs they share the cores."
+        ),
+    ] = 1,
     seed: int = 0,
     show_mask: Annotated[
         int, typer.Option(min=0, help="Print so many examples, coloured by what is learnt, and stop.")
@@ -90,7 +115,7 @@ def distill(
     model: Annotated[str | None, typer.Option(help="With --check: the student's name there.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a LoRA student on kept trajectories; a stopped training goes on from its checkpoint.
+    """Train a student on kept trajectories; a stopped training goes on from its checkpoint.
 
     Before training, every example is held against what the student will be asked and must emit; after
     it, the student is asked again what it was trained on. Token ids must agree.
@@ -120,6 +145,13 @@ def distill(
         "negatives": str(negatives) if negatives else None,
         "teacher": teacher_model,
         "order": order,
+        "adapter": adapter,
+        "precision": precision,
+        "eval_fraction": eval_fraction,
+        "eval_every": eval_every,
+        "patience": patience,
+        "gradient_checkpointing": gradient_checkpointing,
+        "track": track,
         "seed": seed,
     }
     config = DistillConfig(**settings)
@@ -130,14 +162,21 @@ def distill(
         return
     if out is None:
         raise ConfigError("No folder to write was given.", "Add --out student.")
+    if gpus > 1 and "RANK" not in os.environ:
+        from agentkd.distill.ranks import start_ranks
+
+        if code := start_ranks(gpus, sys.argv[1:]):
+            raise typer.Exit(code)
+        return
     _train(trajectories, out, config, as_json)
 
 
 def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) -> None:
     from agentkd.display import Display
     from agentkd.distill import distill as run
+    from agentkd.distill.ranks import rank
 
-    with Display(as_json) as shown:
+    with Display(as_json or rank() > 0) as shown:
         shown.stage("distill")
         student = run(trajectories, out, config, shown.training)
         shown.done(f"{student.training['steps']} steps, loss {student.training['last_loss']:.3f}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from agentkd.distill.examples import Example
+from agentkd.errors import DataError
 
-__all__ = ["Pack", "batch_indices", "pack_batch", "single_packs", "total_steps"]
+__all__ = ["Pack", "batch_indices", "hold_out", "pack_batch", "single_packs", "total_steps"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,33 @@ def batch_indices(
         _shuffled(examples, seed, place // examples)[place % examples]
         for place in range(first, first + batch_size)
     ]
+
+
+def hold_out(
+    examples: Sequence[Example], tasks: Mapping[str, str], fraction: float, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Those to learn from and those held out; no question has examples among both.
+
+    Args:
+        examples: all of them.
+        tasks: id of the question, by the example's id.
+        fraction: share of the questions that is held out, at least one; 0 holds out none.
+        seed: which questions.
+
+    Raises:
+        DataError: all examples are of one question.
+    """
+    if fraction == 0:
+        return tuple(examples), ()
+    names = sorted({tasks[example.id] for example in examples})
+    if len(names) < 2:
+        raise DataError("All examples are of one question: none can be held out.", "Set --eval-fraction 0.")
+    random.Random(f"held out:{seed}").shuffle(names)
+    chosen = set(names[: min(len(names) - 1, max(1, round(fraction * len(names))))])
+    return (
+        tuple(example for example in examples if tasks[example.id] not in chosen),
+        tuple(example for example in examples if tasks[example.id] in chosen),
+    )
 
 
 @lru_cache(maxsize=4)

@@ -11,7 +11,15 @@ from agentkd.distill.spans import SpanWeights
 
 __all__ = ["DistillConfig"]
 
-_NOT_IN_THE_RESULT = {"threads", "save_every", "micro_tokens", "replays", "parent"}
+_NOT_IN_THE_RESULT = {
+    "threads",
+    "save_every",
+    "micro_tokens",
+    "replays",
+    "parent",
+    "gradient_checkpointing",
+    "track",
+}
 
 
 class DistillConfig(BaseModel):
@@ -99,6 +107,18 @@ class DistillConfig(BaseModel):
     """Objective "masked": share of the student's own tokens that it does not get to read."""
     replays: int = Field(default=3, ge=0)
     """Trajectories that the finished student is asked again to check parity; 0 checks none."""
+    adapter: Literal["lora", "dora", "qlora", "full"] = "lora"
+    """What is trained, see :mod:`agentkd.distill.adapters`."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, slower."""
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the questions that is held out; the student is the one with the least loss on them."""
+    eval_every: int = Field(default=10, ge=1)
+    """Steps between two looks at the held-out loss; there is one more behind the last step."""
+    patience: int | None = Field(default=None, ge=1)
+    """Looks without a better held-out loss after which training ends; None goes on to the last step."""
+    track: Literal["tensorboard", "trackio", "wandb"] | None = None
+    """Where the figures of each step are sent as well; None sends them nowhere."""
 
     def fingerprint(self, data: str) -> str:
         """Hash of all that decides the result.

@@ -7,7 +7,6 @@ forward pass, one example at a time: slower, with the same result.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agentkd.distill.adapters import load_trainable
 from agentkd.distill.batches import Pack, pack_batch, single_packs
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
 from agentkd.distill.inherit import take_over
 from agentkd.distill.kernels import merged_linear, packed_attention, rms_norm, swiglu, target_loss
-from agentkd.engine.weights import load_model
-from agentkd.errors import TrainingError, boundary
 
 __all__ = ["Learner", "compute_dtype"]
 
@@ -48,7 +46,7 @@ def _flag(name: str) -> bool:
 
 
 class Learner:
-    """A base model with LoRA adapters.
+    """A base model, and what of it or beside it is trained.
 
     Args:
         base: folder of the base model.
@@ -60,38 +58,31 @@ class Learner:
     """
 
     def __init__(self, base: Path, config: DistillConfig) -> None:
-        from peft import LoraConfig, get_peft_model
-
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_dtype(config.precision)
-        model = load_model(base, self.dtype).to(self.device)
+        model, self.peft = load_trainable(base, config, self.device, self.dtype)
         model.config.use_cache = False
         self.packed = _can_pack(model.config)
-        lora = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        torch.manual_seed(config.seed)
-        with boundary(TrainingError, f"adding adapters to {config.base}"), warnings.catch_warnings():
-            # peft still asks transformers by names that are on their way out.
-            warnings.simplefilter("ignore", FutureWarning)
-            self.peft = get_peft_model(model, lora)
         if config.parent is not None:
             take_over(self.peft, Path(config.parent) / "adapter")
-        self.peft.peft_config["default"].base_model_name_or_path = config.base
         self.model: Any = model
+        self.whole = config.adapter == "full"
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+            enable = getattr(
+                model, "activation_checkpointing_enable", None
+            )  # its name since transformers 5.24
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.peft.train()
         self._budget = config.micro_tokens
         self._merged: list[_Merged] = []
-        if self.device.type == "cpu" and config.lora_dropout == 0:
+        # Only where the layer is weight + scale * b @ a: dora's is not, and qlora's weight is no matrix.
+        if self.device.type == "cpu" and config.lora_dropout == 0 and config.adapter == "lora":
             self._merged = list(_merge_linears(self.peft))
         if self.packed:
             _use_packed_attention(model)
-            if self.device.type == "cpu":
-                _use_fused_operations(model)
+            if self.device.type == "cpu" and not self.whole:
+                _use_fused_operations(model)  # they give no gradient to a weight
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, in a fixed order."""
@@ -115,7 +106,7 @@ class Learner:
     def losses(self, pack: Pack) -> Tensor:
         """Cross-entropy (nats, float32) of each target of a pack, with gradient."""
         targets = torch.tensor(pack.targets, device=self.device)
-        if not self.packed:
+        if not self.packed or self.whole:
             return nn.functional.cross_entropy(self.logits(pack), targets, reduction="none")
         with self._autocast():
             return target_loss(self._hidden(pack, pack.ids), self.model.lm_head.weight, targets)
@@ -149,7 +140,11 @@ class Learner:
         return hidden[torch.tensor(pack.rows, device=self.device)]
 
     def save(self, folder: Path) -> None:
-        """Write the adapters in peft's format."""
+        """Write the adapters in peft's format, or the whole model in transformers'."""
+        if self.whole:
+            self.model.config.use_cache = True
+            self.model.save_pretrained(str(folder))
+            return
         self.peft.save_pretrained(str(folder), save_embedding_layers=False)
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import shutil
@@ -18,16 +19,24 @@ from pydantic import BaseModel, ConfigDict
 from agentkd.distill.batches import batch_indices, total_steps
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
+from agentkd.distill.held_out import Best, held_out_loss
 from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import make_objective
 from agentkd.distill.preference import PREFERENCES, make_preference
+from agentkd.distill.ranks import mine, sum_over_ranks
 from agentkd.distill.teacher import LocalTeacher
+from agentkd.distill.tracking import tracker
 from agentkd.distill.workers import Contrast, Goal, Workers, score_references, side_by_side
 from agentkd.engine.weights import load_tokenizer, resolve_model
 from agentkd.errors import ConfigError, TrainingError, boundary
 from agentkd.record import AppendLog, iter_jsonl, read_json, write_json, write_jsonl
 
-__all__ = ["StepLog", "learning_rate", "run_training"]
+__all__ = ["CHECKPOINTS", "StepLog", "learning_rate", "run_training"]
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
+"""The last, and the one before it, which is taken when the last cannot be read."""
 
 
 class StepLog(BaseModel):
@@ -48,6 +57,8 @@ class StepLog(BaseModel):
     """Tokens that were learnt."""
     seconds: float
     """Wall-clock."""
+    held_out: float | None = None
+    """Mean cross-entropy (nats) of the held-out examples behind this step, where there was a look at them."""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -72,6 +83,7 @@ def run_training(
     out: Path,
     identity: dict[str, str],
     on_progress: Any = None,
+    held_out: Sequence[Example] = (),
     negatives: Mapping[str, Sequence[Example]] | None = None,
 ) -> dict[str, Any]:
     """Train to the end, from the last checkpoint in ``out`` if there is one.
@@ -83,6 +95,7 @@ def run_training(
         out: where checkpoint, ``loss.jsonl`` and ``adapter/`` are written.
         identity: hashes of settings and data; a checkpoint with other ones is refused.
         on_progress: called after each step with (step, steps, loss).
+        held_out: what is not learnt; the parameters with the least loss on it are the student's.
         negatives: wrong examples by the id of the right one, for the objectives that need them.
 
     Returns:
@@ -101,22 +114,45 @@ def run_training(
         goal = replace(goal, contrast=_contrast(out, identity, learner, examples, negatives, config))
     begun = _restore(out, identity, parameters, optimizer)
     rows = _rewind(out / "loss.jsonl", begun)
-    with AppendLog(out / "loss.jsonl") as losses, side_by_side(learner, config, goal) as workers:
+    best = Best(out / "best.pt", [row.held_out for row in rows if row.held_out is not None])
+    with (
+        AppendLog(out / "loss.jsonl") as losses,
+        tracker(config, out) as track,
+        side_by_side(learner, config, goal) as workers,
+    ):
         for step in range(begun, steps):
+            if config.patience is not None and best.since >= config.patience:
+                break
             chosen = batch_indices(
                 len(examples), config.batch_size, config.seed, step, shuffled=config.order == "shuffle"
             )
             batch = [examples[place] for place in chosen]
             rate = learning_rate(step, steps, config.learning_rate, config.warmup)
             row = _step(learner, parameters, optimizer, batch, config, (step, steps), rate, workers)
+            if held_out and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
+                unseen = held_out_loss(learner, held_out)
+                best.add(unseen, parameters)
+                row = row.model_copy(update={"held_out": unseen})
             losses.append(row)
             rows.append(row)
+            track(row.model_dump(exclude={"step"}, exclude_none=True), row.step)
             if on_progress is not None:
                 on_progress(step + 1, steps, row.loss)
             if (step + 1) % config.save_every == 0 and step + 1 < steps:
                 _save(out, identity, step + 1, parameters, optimizer)
-    _save_adapter(learner, out / "adapter")
-    return _summary(rows, learner)
+    if best.losses:
+        best.restore(parameters)
+    _save_adapter(learner, out / ("model" if learner.whole else "adapter"))
+    return {**_summary(rows, learner), **_held_out(rows)}
+
+
+def _held_out(rows: Sequence[StepLog]) -> dict[str, Any]:
+    """Of the summary: the least held-out loss, and at which step it was."""
+    seen = [row for row in rows if row.held_out is not None]
+    if not seen:
+        return {}
+    least = min(seen, key=lambda row: (row.held_out, row.step))
+    return {"held_out_loss": least.held_out, "best_step": least.step}
 
 
 def _goal(base: Path, learner: Learner, config: DistillConfig) -> Goal:
@@ -179,9 +215,10 @@ def _step(
     learner.refresh()
     loss = 0.0
     weight = sum(example.weight for example in batch)
-    for part, grads in workers.map(workers.lay_out(batch, step), weight, step, steps):
+    for part, grads in workers.map(mine(workers.lay_out(batch, step)), weight, step, steps):
         loss += part
         _accumulate(parameters, grads)
+    loss = sum_over_ranks(parameters, loss)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     if not math.isfinite(norm.item()):
         raise TrainingError(f"The gradient of step {step + 1} is not a number.", "Lower the learning rate.")
@@ -227,7 +264,10 @@ def _save(
         file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(out / "checkpoint.pt")
+    latest = out / "checkpoint.pt"
+    if latest.is_file():
+        latest.replace(out / "checkpoint.previous.pt")
+    partial.replace(latest)
 
 
 def _restore(
@@ -236,13 +276,21 @@ def _restore(
     parameters: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> int:
-    """Take over the checkpoint; returns the number of steps that are done."""
-    path = out / "checkpoint.pt"
-    if not path.is_file():
-        return 0
+    """Take over the last checkpoint that can be read; returns the number of steps that are done."""
     again = "Choose another --out, or remove the folder to start again."
-    with boundary(TrainingError, f"reading {path}", again):
-        state = torch.load(path, map_location=parameters[0].device, weights_only=True)
+    present = [path for name in CHECKPOINTS if (path := out / name).is_file()]
+    if not present:
+        return 0
+    for path in present:
+        try:
+            with boundary(TrainingError, f"reading {path}", again):
+                state = torch.load(path, map_location=parameters[0].device, weights_only=True)
+        except TrainingError as exc:
+            if path == present[-1]:
+                raise
+            log.warning("%s Going on from the one before.", exc.message)
+        else:
+            break
     if state["identity"] != identity:
         raise ConfigError(f"{out} holds a training with other settings, data or base model.", again)
     with boundary(TrainingError, f"taking over {path}", again), torch.no_grad():

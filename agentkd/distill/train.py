@@ -14,12 +14,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from agentkd.distill.adapters import check_adapter
+from agentkd.distill.batches import hold_out
+from agentkd.distill.card import write_card
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example, ExampleSet, build_examples
 from agentkd.distill.inherit import check_parent, data_hash
+from agentkd.distill.memory import (
+    MIB,
+    MemoryNeed,
+    estimate_memory,
+    free_memory,
+    refuse_too_little,
+    told_what_to_lower,
+)
 from agentkd.distill.negatives import build_negatives, negatives_hash, read_rejected
 from agentkd.distill.parity import find_faults, refuse_faults
 from agentkd.distill.preference import make_preference
+from agentkd.distill.ranks import group, rank, world
 from agentkd.distill.served import Replay, ServedParity, check_served, engine, make_replays, write_parity
 from agentkd.engine.student import Student, is_student, load_student
 from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model, stop_ids
@@ -78,11 +90,17 @@ def distill(
             )
         )
         examples, negatives = _contrasted(examples, items, tokenizer, stop_ids(base, tokenizer), config)
+        learnt, held_out = _held_out(examples, items, config)
         identity["examples"] = examples.digest()
         with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
             from agentkd.distill.loop import run_training
-        with boundary(TrainingError, f"training {out}", "Lower micro_tokens if memory ran out."):
-            summary = run_training(base, examples.examples, config, out, identity, on_progress, negatives)
+        check_adapter(config)
+        need = _memory(base, examples, config)
+        with boundary(TrainingError, f"training {out}"), told_what_to_lower(config), group(out) as place:
+            summary = run_training(base, learnt, config, place, identity, on_progress, held_out, negatives)
+        if rank():
+            raise SystemExit(0)  # the first process has all that is to be written
+        summary["memory_estimate_mib"] = round(need.total / MIB)
         if parent is not None:
             summary["parent"] = parent
         replays = make_replays(examples.examples, items, examples.system_prompt, tokenizer, config.replays)
@@ -108,6 +126,8 @@ def _contrasted(
         raise ConfigError(
             f"The objective {config.objective} compares whole trajectories.", 'Use rendering "whole".'
         )
+    if world() > 1:
+        raise ConfigError(f"The objective {config.objective} is trained by one process.", "Leave --gpus out.")
     tasks = {it.id: items[it.id].task.id for it in examples.examples}
     found = build_negatives(read_rejected(Path(config.negatives)), examples, tasks, tokenizer, stops, config)
     for reason, count in found.left_out.items():
@@ -121,6 +141,24 @@ def _contrasted(
     return examples, found.by_right
 
 
+def _memory(base: Path, examples: ExampleSet, config: DistillConfig) -> MemoryNeed:
+    need = estimate_memory(base, config, examples.examples)
+    log.info("The training needs about %s.", need)
+    if warning := refuse_too_little(need, free_memory(), config):
+        log.warning(warning)
+    return need
+
+
+def _held_out(
+    examples: ExampleSet, items: dict[str, Trajectory], config: DistillConfig
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    tasks = {
+        it.id: items[it.id if it.id in items else it.id.rpartition("/")[0]].task.id
+        for it in examples.examples
+    }
+    return hold_out(examples.examples, tasks, config.eval_fraction, config.seed)
+
+
 def _finished(out: Path, fingerprint: str) -> Student:
     student = load_student(out)
     if student.training.get("fingerprint") != fingerprint:
@@ -128,8 +166,14 @@ def _finished(out: Path, fingerprint: str) -> Student:
             f"{out} already holds a student with other settings or other trajectories.",
             "Choose another --out, or remove the folder.",
         )
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    _tidy(out)
     return student
+
+
+def _tidy(out: Path) -> None:
+    """Remove what only an unfinished training needs."""
+    for name in ("checkpoint.pt", "checkpoint.previous.pt", "best.pt"):
+        (out / name).unlink(missing_ok=True)
 
 
 def _close(
@@ -154,6 +198,7 @@ def _close(
         imports=examples.imports,
         passages=examples.passages,
         passage_tokens=examples.passage_tokens,
+        weights="model" if config.adapter == "full" else "adapter",
         training={
             "config": config.model_dump(mode="json"),
             "fingerprint": identity["fingerprint"],
@@ -177,10 +222,11 @@ def _close(
             out / "student.json",
             out / "loss.jsonl",
             out / "parity.json",
-            out / "adapter" / "adapter_model.safetensors",
+            *sorted((out / student.weights).glob("*.safetensors")),
         ],
     )
-    (out / "checkpoint.pt").unlink(missing_ok=True)
+    write_card(load_student(out))
+    _tidy(out)
 
 
 def _served_parity(out: Path, replays: list[Replay], config: DistillConfig) -> ServedParity:
@@ -189,7 +235,8 @@ def _served_parity(out: Path, replays: list[Replay], config: DistillConfig) -> S
 
     tokenizer = load_tokenizer(out)
     system = read_json(out / "student.json")["system_prompt"]
-    with TorchEngine.load(resolve_model(config.base), out / "adapter", threads=config.threads) as model:
+    weights = out / ("model" if config.adapter == "full" else "adapter")
+    with TorchEngine.load(resolve_model(config.base), weights, threads=config.threads) as model:
         result = check_served(replays, system, tokenizer, engine(model, tokenizer), "embedded engine")
     for fault in result.faults:
         log.warning("What is served is not what was trained: %s", fault)
@@ -200,6 +247,10 @@ def _served_parity(out: Path, replays: list[Replay], config: DistillConfig) -> S
 def _only_one(out: Path) -> Iterator[None]:
     """Hold the folder for this process; the lock goes with the process, however it ends."""
     import fcntl
+
+    if rank():  # it helps the process that holds the folder, and writes nothing there
+        yield
+        return
 
     with boundary(ConfigError, f"opening {out}", "Choose another --out."):
         out.mkdir(parents=True, exist_ok=True)

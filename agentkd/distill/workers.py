@@ -22,6 +22,7 @@ from agentkd.distill.examples import Example
 from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import Objective
 from agentkd.distill.preference import Preference, Scored, chosen_negatives
+from agentkd.distill.ranks import world
 from agentkd.distill.teacher import LocalTeacher
 from agentkd.errors import TrainingError
 
@@ -79,7 +80,7 @@ class Workers:
         """What is computed side by side in a step: packs, or a right trajectory with its wrong ones."""
         contrast = self._goal.contrast
         if contrast is None:
-            return [Unit((pack,)) for pack in self._learner.packs(batch, self.count)]
+            return [Unit((pack,)) for pack in self._learner.packs(batch, self.count * world())]
         seed = f"{self._goal.seed}:{step}"
         units: list[Unit] = []
         for right in batch:

@@ -3,7 +3,8 @@
 ::
 
     student/
-      adapter/         LoRA weights in peft's format
+      adapter/         LoRA weights in peft's format, or
+      model/           the whole model, when every weight was trained
       student.json     this record
       tokenizer.json, tokenizer_config.json, chat_template.jinja
       loss.jsonl       one line a training step
@@ -49,6 +50,8 @@ class Student(BaseModel):
     """Kind "cot": so many passages stand before each question, found for it; None for none."""
     passage_tokens: int | None = None
     """Budget of these passages in (estimated) tokens; None for no limit."""
+    weights: Literal["adapter", "model"] = "adapter"
+    """Which of the two folders of weights it has."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Settings, summary of the loss, number of examples, seconds."""
     path: Path = Field(default=Path(), exclude=True)
@@ -56,8 +59,8 @@ class Student(BaseModel):
 
     @property
     def adapter(self) -> Path:
-        """The folder of the LoRA weights."""
-        return self.path / "adapter"
+        """The folder of what was trained: LoRA weights, or a whole model."""
+        return self.path / self.weights
 
 
 def is_student(path: Path) -> bool:
@@ -74,12 +77,12 @@ def load_student(path: Path | str) -> Student:
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"There is no student folder {folder}.", "Make one with: agentkd distill.")
-    needed = (
-        "student.json",
-        "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
-        "tokenizer.json",
+    weights = (
+        ("model/config.json",)
+        if (folder / "model").is_dir()
+        else ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
     )
+    needed = ("student.json", *weights, "tokenizer.json")
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ConfigError(

@@ -100,7 +100,7 @@ class TorchEngine:
 
         Args:
             path_or_name: see :func:`agentkd.engine.weights.resolve_model`.
-            adapter: folder with a peft adapter.
+            adapter: folder with a peft adapter; a folder with a whole model stands in for the base.
             max_batch: samples decoded at the same time.
             threads: CPU threads in all.
             dtype: of the weights; by default bf16, or fp32 on processors that are slow at bf16.
@@ -109,7 +109,9 @@ class TorchEngine:
         Raises:
             ConfigError: no such model, or the adapter does not fit it.
         """
-        path = resolve_model(str(path_or_name))
+        base = path = resolve_model(str(path_or_name))
+        if adapter is not None and (Path(adapter) / "config.json").is_file():
+            path, adapter = Path(adapter), None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (cpu_dtype() if device == "cpu" else torch.bfloat16)
         # Merging adds small numbers to large ones, so it is done in fp32 and rounded once.
@@ -117,7 +119,7 @@ class TorchEngine:
         if adapter is not None:
             model = merge_adapter(model, Path(adapter))
         model = model.to(device=device, dtype=dtype)
-        return cls(model, load_tokenizer(path), max_batch, threads)
+        return cls(model, load_tokenizer(base), max_batch, threads)
 
     def generate(
         self,

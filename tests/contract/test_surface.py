@@ -18,6 +18,7 @@ COMMANDS = [
     "merge",
     "export",
     "import",
+    "export-student",
     "filter",
     "adapt",
     "transform",

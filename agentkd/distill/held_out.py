@@ -1,0 +1,81 @@
+"""The loss on what is held out of the training, and the parameters that do best there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from agentkd.distill.examples import Example
+from agentkd.distill.learner import Learner
+from agentkd.errors import TrainingError, boundary
+
+__all__ = ["Best", "held_out_loss"]
+
+
+def held_out_loss(learner: Learner, examples: Sequence[Example]) -> float:
+    """Mean cross-entropy (nats) of the targets of examples, weighted as in training; without dropout.
+
+    Raises:
+        TrainingError: it is not a number.
+    """
+    learner.refresh()
+    learner.peft.eval()
+    total = 0.0
+    try:
+        with torch.no_grad():
+            for pack in learner.packs(examples, 1):
+                losses = learner.losses(pack)
+                total += (losses * losses.new_tensor(pack.weights)).sum().item()
+    finally:
+        learner.peft.train()
+    if not math.isfinite(total):
+        raise TrainingError("The loss on the held-out examples is not a number.", "Lower the learning rate.")
+    return total / sum(example.weight for example in examples)
+
+
+class Best:
+    """The parameters with the least held-out loss, kept in a file.
+
+    What is best, and since when, follows from the losses alone: a training that goes on from a checkpoint
+    comes to the same file again.
+
+    Args:
+        path: of the file.
+        losses: held-out losses up to now, in order.
+    """
+
+    def __init__(self, path: Path, losses: Sequence[float]) -> None:
+        self.path = path
+        self.losses = list(losses)
+
+    @property
+    def since(self) -> int:
+        """Looks since the best."""
+        return len(self.losses) - 1 - self.losses.index(min(self.losses)) if self.losses else 0
+
+    def add(self, loss: float, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Take note of a loss; keep the parameters when there was none as low."""
+        self.losses.append(loss)
+        if self.since:
+            return
+        partial = self.path.with_suffix(".partial")
+        with boundary(TrainingError, f"writing {self.path}"):
+            torch.save([value.detach() for value in parameters], partial)
+            partial.replace(self.path)
+
+    def restore(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Give the parameters the values of the best.
+
+        Raises:
+            TrainingError: the file cannot be read.
+        """
+        with (
+            boundary(TrainingError, f"reading {self.path}", "Remove the folder to start again."),
+            torch.no_grad(),
+        ):
+            kept = torch.load(self.path, map_location=parameters[0].device, weights_only=True)
+            for value, saved in zip(parameters, kept, strict=True):
+                value.copy_(saved)

@@ -1,0 +1,176 @@
+"""How much memory a training needs, before it starts, and what to lower when it was too little."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentkd.distill.config import DistillConfig
+from agentkd.distill.examples import Example
+from agentkd.errors import TrainingError
+
+__all__ = ["MemoryNeed", "estimate_memory", "free_memory", "refuse_too_little", "told_what_to_lower"]
+
+MIB = 1 << 20
+FOUR_BITS = 0.53
+"""Bytes a weight in 4 bits with its doubly quantised scales."""
+KEPT = (14, 4)
+"""Numbers a token that a layer keeps for the backward pass: so many times its width, and its inner width."""
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes, by what they are for."""
+
+    weights: float
+    """The base model, and on a CPU its copy with the adapter merged."""
+    trained: float
+    """What is trained, its gradients, and Adam's two moments; all float32."""
+    activations: float
+    """What the backward pass needs of the tokens computed at once."""
+    logits: float
+    """Of the targets computed at once."""
+
+    @property
+    def fixed(self) -> float:
+        """What is needed whatever the batch."""
+        return self.weights + self.trained
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.fixed + self.activations + self.logits
+
+    def __str__(self) -> str:
+        parts = (
+            ("weights", self.weights),
+            ("trained with gradients and optimiser", self.trained),
+            ("activations", self.activations),
+            ("logits", self.logits),
+        )
+        return (
+            f"{self.total / MIB:,.0f} MiB ("
+            + ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts)
+            + ")"
+        )
+
+
+def estimate_memory(base: Path, config: DistillConfig, examples: Sequence[Example]) -> MemoryNeed:
+    """What a training will need at its peak, from the model's shape alone: no weight is loaded.
+
+    Args:
+        base: folder of the model.
+        config: the settings.
+        examples: what is learnt; the longest decides how many tokens are computed at once.
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from agentkd.distill.learner import compute_dtype
+
+    shape = AutoConfig.from_pretrained(base, local_files_only=True)
+    text = shape.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    inner = [
+        it for it in model.modules() if isinstance(it, nn.Linear) and it is not model.get_output_embeddings()
+    ]
+    size = 2 if compute_dtype(config.precision) == torch.bfloat16 else 4
+    whole = sum(value.numel() for value in model.parameters())
+    linear = sum(it.weight.numel() for it in inner)
+    extra = linear * size if config.adapter == "lora" and not torch.cuda.is_available() else 0
+    if config.adapter == "full":
+        weights, trained = 0.0, whole
+    else:
+        each = FOUR_BITS if config.adapter == "qlora" else size
+        weights = whole * size - linear * (size - each) + extra
+        trained = sum(config.lora_r * (it.in_features + it.out_features) for it in inner)
+        trained += sum(it.out_features for it in inner) if config.adapter == "dora" else 0
+    tokens = max(config.micro_tokens, max(len(example.ids) for example in examples))
+    layers = text.num_hidden_layers
+    wide = text.hidden_size
+    kept = KEPT[0] * wide + KEPT[1] * getattr(text, "intermediate_size", 4 * wide)
+    per_token = layers * wide + kept if config.gradient_checkpointing else layers * kept
+    rows = 128 if config.objective == "sft" and config.adapter != "full" else tokens // 2
+    return MemoryNeed(
+        weights=float(weights),
+        trained=16.0 * trained,
+        activations=float(tokens * per_token * size),
+        logits=3.0 * 4 * rows * text.vocab_size,
+    )
+
+
+def free_memory() -> float:
+    """Bytes that are free where it will be computed; infinity where that cannot be known."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    limits = [float("inf")]
+    for path, key in ((Path("/proc/meminfo"), "MemAvailable:"), (Path("/sys/fs/cgroup/memory.max"), "")):
+        try:
+            words = path.read_text(encoding="utf-8").split()
+        except OSError:
+            continue
+        if key in words:
+            limits.append(float(words[words.index(key) + 1]) * (1024 if key else 1))
+        elif not key and words[0].isdigit():
+            used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8")
+            limits.append(float(words[0]) - float(used))
+    return min(limits)
+
+
+def refuse_too_little(need: MemoryNeed, free: float, config: DistillConfig) -> str | None:
+    """A warning when it may not fit; None when it will.
+
+    Raises:
+        TrainingError: it cannot fit, whatever the batch.
+    """
+    if need.fixed > free:
+        raise TrainingError(
+            f"The training needs {need}, and {free / MIB:,.0f} MiB are free.",
+            "Use --adapter qlora or a smaller base model."
+            if config.adapter != "full"
+            else "Use --adapter lora.",
+        )
+    if need.total > free:
+        return f"The training may need {need}, and {free / MIB:,.0f} MiB are free. {what_to_lower(config)}"
+    return None
+
+
+def what_to_lower(config: DistillConfig) -> str:
+    """Advice, in the order of what it costs."""
+    advice = [f"Lower micro_tokens (now {config.micro_tokens})", f"max_length (now {config.max_length})"]
+    if not config.gradient_checkpointing:
+        advice.append("or set gradient_checkpointing")
+    if config.adapter == "full":
+        advice.append("or use --adapter lora")
+    return ", ".join(advice) + "."
+
+
+@contextmanager
+def told_what_to_lower(config: DistillConfig) -> Iterator[None]:
+    """Out of memory, however torch says it, becomes an error that says what to lower.
+
+    Raises:
+        TrainingError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as exc:
+        if not _ran_out(exc):
+            raise
+        raise TrainingError(
+            f"Memory ran out in training: {str(exc).splitlines()[0]}", what_to_lower(config)
+        ) from exc
+
+
+def _ran_out(exc: Any) -> bool:
+    import torch
+
+    said = ("not enough memory", "out of memory", "can't allocate memory")
+    return isinstance(exc, (MemoryError, torch.OutOfMemoryError)) or any(it in str(exc) for it in said)

@@ -1,0 +1,114 @@
+"""One training by several processes, each with a GPU (or a share of the cores) of its own.
+
+Every process has the whole model, computes its share of each step's packs, and gets the sum of all gradients:
+the step is that of one process, up to the order in which numbers are added. The first writes the student
+folder; the others work on copies of its checkpoint. The environment variables are those of torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["group", "mine", "rank", "start_ranks", "sum_over_ranks", "world"]
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Number of this process, 0 for the first."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def mine(items: Sequence[T]) -> Sequence[T]:
+    """What of a step this process computes."""
+    return items[rank() :: world()]
+
+
+@contextmanager
+def group(out: Path) -> Iterator[Path]:
+    """Join the other processes; yields the folder that this one may write."""
+    if world() == 1:
+        yield out
+        return
+    import torch
+    from torch import distributed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            if rank():
+                for file in (*out.glob("*.pt"), *out.glob("loss.jsonl")):
+                    shutil.copy(file, scratch)
+            distributed.barrier()  # nobody writes before all have read
+            yield Path(scratch) if rank() else out
+    finally:
+        distributed.destroy_process_group()
+
+
+def sum_over_ranks(parameters: Sequence[torch.nn.Parameter], loss: float) -> float:
+    """Add up the gradients of all processes, in place; returns the sum of their losses."""
+    if world() == 1:
+        return loss
+    import torch
+    from torch import distributed
+
+    for value in parameters:
+        if value.grad is None:
+            value.grad = torch.zeros_like(value)
+        distributed.all_reduce(value.grad)
+    total = torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)
+    distributed.all_reduce(total)
+    return total.item()
+
+
+def start_ranks(count: int, arguments: Sequence[str]) -> int:
+    """Run ``agentkd ARGUMENTS`` in so many processes that train together.
+
+    Returns:
+        The exit code: of the first that failed, or 0.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "agentkd", *arguments],
+            env={**os.environ, **common, "RANK": str(number), "LOCAL_RANK": str(number)},
+            stdout=subprocess.DEVNULL if number else None,
+        )
+        for number in range(count)
+    ]
+    try:
+        while True:
+            codes = [it.poll() for it in running]
+            failed = next((code for code in codes if code), 0)
+            if failed or None not in codes:
+                return failed
+            time.sleep(0.1)
+    finally:
+        for it in running:
+            if it.poll() is None:
+                it.terminate()
+        for it in running:
+            it.wait()

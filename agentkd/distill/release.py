@@ -1,0 +1,135 @@
+"""A student as others take it: merged weights, a GGUF file, a repository on the Hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from agentkd.distill.card import write_card
+from agentkd.engine.student import Student, check_base, load_student
+from agentkd.engine.weights import load_model, load_tokenizer, model_hash, resolve_model
+from agentkd.errors import ConfigError, ProviderError, StorageError, boundary
+
+__all__ = ["merge_student", "push_student", "write_gguf"]
+
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+def merge_student(path: Path, out: Path, dtype: str | None = None) -> Path:
+    """Write a student as one model in transformers' format, with its tokenizer and chat template.
+
+    Args:
+        path: student folder.
+        out: folder to write; it must not exist, or be empty.
+        dtype: of the weights: "bfloat16", "float16" or "float32"; by default that of the base model.
+
+    Raises:
+        ConfigError: no student, another base model, or ``out`` holds something.
+        StorageError: no room.
+    """
+    student = load_student(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already.", "Choose another folder.")
+    tokenizer = load_tokenizer(path)
+    model = _merged(student, dtype)
+    partial = out.with_name(f".{out.name}.partial")
+    with boundary(StorageError, f"writing {out}", "Choose another folder."):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
+        if out.is_dir():
+            out.rmdir()
+        partial.replace(out)
+    return out
+
+
+def _merged(student: Student, dtype: str | None) -> Any:
+    import torch
+
+    base = resolve_model(student.base)
+    check_base(student, model_hash(base))
+    stored = load_model(base)
+    wanted = getattr(torch, dtype) if dtype else stored.dtype
+    if student.weights == "model":
+        return load_model(student.adapter, wanted)
+    from agentkd.engine.torch_engine import merge_adapter
+
+    # Merging adds small numbers to large ones, so it is done in fp32 and rounded once.
+    return merge_adapter(stored.float(), student.adapter).to(wanted)
+
+
+def write_gguf(path: Path, out: Path, dtype: str = "auto") -> Path:
+    """Write a student as a GGUF file, by llama.cpp's own converter.
+
+    Args:
+        path: student folder.
+        out: the file.
+        dtype: as the converter names it: "f32", "f16", "bf16", "q8_0" or "auto".
+
+    Raises:
+        ConfigError: the converter is not there, or does not know this model.
+    """
+    converter = find_converter()
+    if converter is None:
+        raise ConfigError(
+            f"llama.cpp's {CONVERTER} was not found.",
+            "Put llama.cpp's folder into $LLAMA_CPP, or the converter on the PATH.",
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = merge_student(path, Path(scratch) / "merged")
+        partial = out.with_name(out.name + ".partial")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(converter), str(merged), "--outfile", str(partial), "--outtype", dtype]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not partial.is_file():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ConfigError(f"{CONVERTER} failed: {last}", "Update llama.cpp, or take --merged.")
+    partial.replace(out)
+    return out
+
+
+def find_converter() -> Path | None:
+    """llama.cpp's converter: in ``$LLAMA_CPP``, or on the PATH."""
+    home = os.environ.get("LLAMA_CPP")
+    if home and (Path(home) / CONVERTER).is_file():
+        return Path(home) / CONVERTER
+    found = shutil.which(CONVERTER)
+    return Path(found) if found else None
+
+
+def push_student(path: Path, repo: str, *, private: bool = True) -> str:
+    """Upload a student folder to the Hub, with its card; nothing else of agentkd ever uploads.
+
+    Args:
+        path: student folder.
+        repo: "owner/name".
+        private: whether a new repository is.
+
+    Returns:
+        The address.
+
+    Raises:
+        ConfigError: no student, or huggingface_hub is missing.
+        ProviderError: the Hub refuses, or cannot be reached.
+    """
+    student = load_student(path)
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ConfigError("huggingface_hub is not installed.", 'Install it: pip install "agentkd[train]"')
+    from huggingface_hub import HfApi
+
+    if not (path / "README.md").is_file():
+        write_card(student)
+    hint = "Sign in with: hf auth login; the repository is named owner/name."
+    with boundary(ProviderError, f"pushing {path} to {repo}", hint):
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        ignored = [".lock", "checkpoint*", "best.pt", "tensorboard/*", "*.partial"]
+        done = api.upload_folder(repo_id=repo, folder_path=path, ignore_patterns=ignored)
+    return str(done)
