@@ -28,8 +28,9 @@ class Call(BaseModel):
     """Id of the trajectory: ``{task id}#{sample}``."""
     restart: int = 0
     """How often the rollout had begun anew; calls of earlier beginnings are void (but were paid)."""
-    kind: Literal["begin", "model", "tool", "code", "restart", "end"]
-    """"begin" has the settings of a start, "code" the outcome of one action; "restart" voids what was
+    kind: Literal["begin", "model", "tool", "code", "try", "commit", "restart", "end"]
+    """"begin" has the settings of a start, "code" the outcome of one action; "try" the outcome of one
+    candidate for an action, and "commit" the tools that the chosen one used; "restart" voids what was
     before it, "end" is a time limit."""
     step: int = 0
     """1 for the first step."""

@@ -17,7 +17,7 @@ from agentkd.calls import Call
 from agentkd.errors import AgentkdError, ContextOverflowError
 from agentkd.model import provider_error, token_usage
 from agentkd.recorder import Diverged, NotRecorded, Recorder
-from agentkd.sandbox import CodeFailure, Sandbox
+from agentkd.sandbox import CodeFailure, Outcome, Sandbox
 from agentkd.sandbox.inside.wire import plain
 from agentkd.secret import Redactor
 from agentkd.telemetry import model_span
@@ -178,8 +178,16 @@ def _message(call: Call) -> ChatMessage:
 class RecordedTool:
     """A tool whose results are logged."""
 
-    def __init__(self, name: str, tool: Any, recorder: Recorder, step: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        tool: Any,
+        recorder: Recorder,
+        step: Callable[[], int],
+        beside: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._name, self._tool, self._recorder, self._step = name, tool, recorder, step
+        self._beside = beside
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tool, name)
@@ -187,7 +195,9 @@ class RecordedTool:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step = self._step()
         request = _fingerprint(self._name, args, kwargs)
-        ordinal, call = self._recorder.find("tool", step, request)
+        # Which of several candidates calls first is chance, so what they ask is known by what it is.
+        find = self._recorder.find_alike if self._beside() else self._recorder.find
+        ordinal, call = find("tool", step, request)
         if call is None:
             call = self._use(args, kwargs, step, ordinal, request)
         if call.error is not None:
@@ -224,6 +234,7 @@ class RecordedSandbox:
     def __init__(self, sandbox: Sandbox, recorder: Recorder, step: Callable[[], int]) -> None:
         self._sandbox, self._recorder, self._step = sandbox, recorder, step
         self._uses: tuple[ToolUse, ...] = ()
+        self._trying = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sandbox, name)
@@ -231,15 +242,77 @@ class RecordedSandbox:
     def send_tools(self, tools: dict[str, Any]) -> None:
         self._sandbox.send_tools(
             {
-                name: tool if name == "final_answer" else RecordedTool(name, tool, self._recorder, self._step)
+                name: tool
+                if name == "final_answer"
+                else RecordedTool(name, tool, self._recorder, self._step, lambda: self._trying)
                 for name, tool in tools.items()
             }
         )
 
-    def try_each(self, codes: Sequence[str], timeout: float | None = None, *, more: bool = False) -> Any:
+    @property
+    def can_fork(self) -> bool:
+        """Whether actions can be tried; in a replay, whether they were."""
         if self._recorder.replay:
-            raise NotRecorded(f"step {self._step()}: what was tried in forks is not in the log")
-        return self._sandbox.try_each(codes, timeout, more=more)  # type: ignore[attr-defined]
+            return self._recorder.tried
+        return bool(getattr(self._sandbox, "can_fork", False))
+
+    def try_each(
+        self, codes: Sequence[str], timeout: float | None = None, *, more: bool = False
+    ) -> list[Outcome]:
+        step, recorder = self._step(), self._recorder
+        requests = [_fingerprint(code) for code in codes]
+        known = [recorder.find("try", step, request) for request in requests]
+        if recorder.replay:
+            found = [call.answer for _, call in known if call is not None]
+            if len(found) < len(codes):
+                raise NotRecorded(f"step {step}: the candidates were not run to their end")
+            return [Outcome(**answer) for answer in found]
+        self._trying = True
+        try:
+            outcomes = self._sandbox.try_each(codes, timeout, more=more)  # type: ignore[attr-defined]
+        finally:
+            self._trying = False
+        found = []
+        for (ordinal, call), request, outcome in zip(known, requests, outcomes, strict=True):
+            answer = outcome._asdict()
+            seconds = answer.pop("seconds")
+            del answer["tool_uses"]  # the winner's are logged when it is chosen
+            answer = recorder.redactor.value(_as_json(answer))
+            found.append(answer)
+            if call is None:
+                recorder.note("try", step, ordinal, request, answer, seconds)
+            elif _fingerprint(call.answer) != _fingerprint(answer):
+                raise Diverged(f"step {step}: a candidate came to another outcome than before")
+        return [Outcome(**answer) for answer in found]
+
+    def commit(self, index: int) -> None:
+        step, recorder = self._step(), self._recorder
+        request = _fingerprint(index)
+        ordinal, call = recorder.find("commit", step, request)
+        if recorder.replay:
+            if call is None:
+                raise NotRecorded(f"step {step}: no candidate was chosen")
+            self._uses = tuple(ToolUse.model_validate(use) for use in call.answer)
+            return
+        self._sandbox.commit(index)  # type: ignore[attr-defined]
+        uses = self._take_clean()
+        if call is None:
+            recorder.note("commit", step, ordinal, request, uses, 0.0)
+
+    def discard(self) -> None:
+        if not self._recorder.replay:
+            self._sandbox.discard()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        self._sandbox.close()  # type: ignore[attr-defined]
+
+    def _take_clean(self) -> Any:
+        """What tools were used in the session just now, kept for the step, and as JSON."""
+        uses = self._recorder.redactor.value(
+            [use.model_dump(mode="json") for use in self._sandbox.take_tool_uses()]
+        )
+        self._uses = tuple(ToolUse.model_validate(use) for use in uses)
+        return uses
 
     def __call__(self, code_action: str) -> Any:
         step, recorder = self._step(), self._recorder
@@ -252,25 +325,12 @@ class RecordedSandbox:
             return _code_output(outcome)
         began = time.monotonic()
         outcome = recorder.redactor.value(_as_json(self._run(code_action)))
-        uses = recorder.redactor.value(
-            [use.model_dump(mode="json") for use in self._sandbox.take_tool_uses()]
-        )
-        self._uses = tuple(ToolUse.model_validate(use) for use in uses)
+        uses = self._take_clean()
         if call is not None and _fingerprint(call.answer["outcome"]) != _fingerprint(outcome):
             raise Diverged(f"step {step}: the code came to another outcome than before")
         if call is None:
-            recorder.add(
-                Call(
-                    rollout=recorder.rollout,
-                    kind="code",
-                    step=step,
-                    ordinal=ordinal,
-                    request=_fingerprint(code_action),
-                    answer={"outcome": outcome, "tool_uses": uses},
-                    seconds=time.monotonic() - began,
-                ),
-                wait=False,  # it can be had again; the next call makes it durable
-            )
+            answer = {"outcome": outcome, "tool_uses": uses}
+            recorder.note("code", step, ordinal, _fingerprint(code_action), answer, time.monotonic() - began)
         return _code_output(outcome)
 
     def _run(self, code: str) -> dict[str, Any]:
@@ -281,8 +341,7 @@ class RecordedSandbox:
         return {"output": plain(done.output), "logs": done.logs, "final": done.is_final_answer}
 
     def take_tool_uses(self) -> tuple[ToolUse, ...]:
-        # Candidates of a sampled action run in the session itself, past this one.
-        uses, self._uses = (*self._uses, *self._sandbox.take_tool_uses()), ()
+        uses, self._uses = self._uses, ()
         return uses
 
 

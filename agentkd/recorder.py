@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from agentkd.calls import Call, Past
 from agentkd.errors import AgentkdError
@@ -88,6 +88,7 @@ class Recorder:
         self._write = write
         self._known = {call.key: call for call in past.calls}
         self._counts: Counter[tuple[str, int]] = Counter()
+        self._alike: Counter[tuple[str, int, str]] = Counter()
         self._lock = threading.Lock()
 
     @contextmanager
@@ -134,6 +135,50 @@ class Recorder:
             raise Diverged(f"step {step}: another {kind} request than before")
         return ordinal, call
 
+    def find_alike(self, kind: str, step: int, request: str) -> tuple[int, Call | None]:
+        """As :meth:`find`, for calls of a step whose order is left to chance: known by what is asked.
+
+        The k-th that asks this is answered by the k-th that the log has.
+        """
+        with self._lock:
+            place = self._alike[kind, step, request]
+            self._alike[kind, step, request] += 1
+            logged = sorted(
+                (
+                    call
+                    for call in self._known.values()
+                    if (*call.key[:2], call.request) == (kind, step, request)
+                ),
+                key=lambda call: call.ordinal,
+            )
+            if place < len(logged):
+                return logged[place].ordinal, logged[place]
+            while (kind, step, self._counts[kind, step]) in self._known:
+                self._counts[kind, step] += 1
+            self._counts[kind, step] += 1
+            return self._counts[kind, step] - 1, None
+
+    def note(
+        self,
+        kind: Literal["code", "try", "commit"],
+        step: int,
+        ordinal: int,
+        request: str,
+        answer: Any,
+        seconds: float,
+    ) -> None:
+        """Write what the sandbox did. It can be had again, so the next call makes it durable."""
+        call = Call(
+            rollout=self.rollout,
+            kind=kind,
+            step=step,
+            ordinal=ordinal,
+            request=request,
+            answer=answer,
+            seconds=seconds,
+        )
+        self.add(call, wait=False)
+
     def add(self, call: Call, *, wait: bool = True) -> Call:
         """Write a finished call."""
         call = call.model_copy(update={"rollout": self.rollout, "restart": self.past.restart})
@@ -165,6 +210,11 @@ class Recorder:
         """Note that the time limit ended the rollout: nothing else in the log would tell."""
         if not self.replay:
             self.add(Call(rollout=self.rollout, kind="end", error=("RolloutTimeout", "time limit")))
+
+    @property
+    def tried(self) -> bool:
+        """Whether the log has actions that were tried in forks."""
+        return any(call.kind == "try" for call in self.past.calls)
 
     @property
     def timed_out(self) -> bool:

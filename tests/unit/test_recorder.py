@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from smolagents import Tool
+from smolagents.models import ChatMessage, MessageRole
+from smolagents.monitoring import TokenUsage
 
 from agentkd import build_agent
 from agentkd.agent_config import AgentConfig
 from agentkd.calls import Call, Past, iter_calls, read_past
 from agentkd.collect import CollectConfig, collect, replay
-from agentkd.errors import DataError, RetrievalError
+from agentkd.errors import DataError, RetrievalError, SandboxError
 from agentkd.model import openai_model
 from agentkd.record import AppendLog, read_trajectories, write_jsonl
 from agentkd.recorder import Diverged, NotRecorded, Recorder
 from agentkd.rollout import rollout
 from agentkd.sampler import SamplerConfig, SelfConsistentSampler
+from agentkd.sandbox import open_sandbox
 from agentkd.secret import REDACTED, Redactor
 from agentkd.task import Task
 from agentkd.testing import FakeEndpoint, ScriptedModel
@@ -143,20 +148,81 @@ def test_drafts_made_side_by_side_are_found_again_in_their_places(
     assert asked > asked_again
 
 
-def test_a_replay_tries_nothing_in_forks() -> None:
-    log, outputs = Log(), [action("go", "final_answer(42)")] * 2
+class Measure(Counter):
+    """Says the same of the same, whoever asks first."""
 
-    def draw(past: Past, replay: bool) -> Trajectory:
-        sampler = SelfConsistentSampler(SamplerConfig(n=2))
-        agent = build_agent(ScriptedModel(outputs), sandbox="fork", sampler=sampler)
+    def forward(self, what: str) -> int:
+        super().forward(what)
+        return len(what)
+
+
+class Three(ScriptedModel):
+    """Says three things at a time."""
+
+    def generate(self, messages: list[Any], **options: Any) -> ChatMessage:
+        texts = [super(Three, self).generate(messages).content for _ in range(3)]
+        choices = [SimpleNamespace(message=SimpleNamespace(content=text)) for text in texts]
+        usage = TokenUsage(input_tokens=10, output_tokens=15)
+        return ChatMessage(
+            role=MessageRole.ASSISTANT,
+            content=texts[0],
+            raw=SimpleNamespace(choices=choices),
+            token_usage=usage,
+        )
+
+
+CANDIDATES = [
+    action("count both", "a = count('apples')\nb = count('pears')\nprint(sorted([a, b]))"),
+    action("the other way", "b = count('pears')\na = count('apples')\nprint(sorted([a, b]))"),
+    action("a mistake", "count('nothing')"),
+    action("done", "final_answer(a + b + 31)"),
+    action("done as well", "final_answer(31 + b + a)"),
+    action("no", "final_answer(0)"),
+]
+
+
+@pytest.mark.parametrize("sandbox", ["fork", "local"])
+def test_sampled_actions_go_on_wherever_they_were_cut_off_and_are_replayed(sandbox: str) -> None:
+    if sandbox == "fork":
         try:
-            return rollout(agent, TASK, recorder=Recorder("1#0", log, past, replay=replay))
+            open_sandbox("fork").cleanup()
+        except SandboxError as exc:
+            pytest.skip(exc.message)
+    log = Log()
+
+    def draw(
+        past: Past, written: Log, outputs: Sequence[str], where: str = sandbox, **options: Any
+    ) -> tuple[Trajectory, int]:
+        sampler = SelfConsistentSampler(SamplerConfig(n=3, confidence=None))
+        tool = Measure()
+        agent = build_agent(Three(outputs), [tool], sandbox=where, sampler=sampler)
+        try:
+            recorder = Recorder("1#0", written, past, **options)
+            return rollout(agent, TASK, recorder=recorder), tool.calls
         finally:
             agent.cleanup()
 
-    draw(Past(), False)
-    with pytest.raises(NotRecorded, match="forks"):
-        draw(log.past(), True)
+    whole, used = draw(Past(), log, CANDIDATES)
+    assert whole.correct
+    assert len(whole.steps[0].tool_uses) == 2
+    assert len(whole.steps[0].candidates) == 3
+    kinds = [call.kind for call in log.calls]
+    assert kinds.count("try") == (6 if sandbox == "fork" else 0)
+    for count in range(len(log.calls)):
+        rest = Log()
+        asked = kinds[:count].count("model")
+        again, used_again = draw(log.past(count), rest, CANDIDATES[3 * asked :])
+        assert used_again == used - kinds[:count].count("tool")
+        assert plain(again) == plain(whole)
+        keys = collections.Counter(
+            call.key for call in (*log.calls[:count], *rest.calls) if call.kind != "begin"
+        )
+        assert set(keys.values()) <= {1}, "a finished call stands in the log twice"
+    replayed, used = draw(log.past(), Log(), [], "local", replay=True)
+    assert plain(replayed) == plain(whole)
+    assert used == 0
+    with pytest.raises(NotRecorded):
+        draw(log.past(len(log.calls) - 1), Log(), [], "local", replay=True)
 
 
 def test_a_replay_asks_nothing_and_runs_nothing() -> None:
