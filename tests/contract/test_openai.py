@@ -160,7 +160,7 @@ def test_candidates_and_votes(client: openai.OpenAI) -> None:
     extra = {"agentkd": {"actions": 4, "seed": 1}}
     with ask(client, "taught-agent", stream=True, extra_body=extra) as stream:
         events = [chunk.agentkd_step for chunk in stream if hasattr(chunk, "agentkd_step")]
-    assert len(events[0]["candidates"]) >= 2
+    assert events[0]["candidates"]  # one, where the model is sure of it
     chosen = [it for it in events[0]["candidates"] if it["chosen"]]
     assert [(it["code"], it["outcome"]) for it in chosen] == [("print(6 * 7)", "42")]
 

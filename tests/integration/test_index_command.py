@@ -144,5 +144,5 @@ def test_the_retriever_serves_until_it_is_stopped(docs: Path, tmp_path: Path) ->
         _, said = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 0, "a server that is stopped has done its work"
     assert "Traceback" not in said

@@ -127,8 +127,8 @@ def test_what_a_model_was_overfitted_on_is_recognised(folder: Path, tmp_path: Pa
     before = study_memorisation(model, known, others)
     assert before.extractable.count == 0
     ids = [model.tokenizer.apply_chat_template(_messages(item), return_dict=False) for item in known]
+    model.model.requires_grad_(True).train()  # it is made for reading
     optimiser = torch.optim.AdamW(model.model.parameters(), lr=3e-3)
-    model.model.train()
     for _ in range(60):
         for row in ids:
             batch = torch.tensor([row])
