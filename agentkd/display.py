@@ -62,6 +62,10 @@ class Display:
         self._name, self._began = name, time.monotonic()
         self._stage = self._progress.add_task(f"{name:<28}", total=None, note="")
 
+    def say(self, line: str) -> None:
+        """A line of its own, above what is live."""
+        self.console.print(escape(line), highlight=False, soft_wrap=True)
+
     def done(self, note: str) -> None:
         """The current stage has ended."""
         assert self._stage is not None

@@ -126,6 +126,7 @@ def _rewriter(
 def _respondent(student: str, sandbox: str) -> Respondent:
     from agentkd.adapt import Respondent
     from agentkd.engine.student import load_student
+    from agentkd.engine.weights import model_hash
     from agentkd.record import file_hash
 
     folder = load_student(student)
@@ -141,7 +142,8 @@ def _respondent(student: str, sandbox: str) -> Respondent:
         ) as system:
             yield system
 
-    adapter = file_hash(folder.adapter / "adapter_model.safetensors")
+    whole = folder.weights == "model"
+    adapter = model_hash(folder.adapter) if whole else file_hash(folder.adapter / "adapter_model.safetensors")
     return Respondent({"student": folder.path.name, "adapter": adapter}, source)
 
 

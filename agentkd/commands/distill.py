@@ -40,7 +40,7 @@ def distill(
     ] = None,
     parent: Annotated[
         Path | None,
-        typer.Option("--from", help="Go on from this student's adapter: its base, kind and rank are taken."),
+        typer.Option("--from", help="Go on from this student's adapter, with its base, kind and rank."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help='"smollm2-135m" (the default), a Hub id, or a local folder.')
@@ -82,8 +82,8 @@ def distill(
         str, typer.Option(help='Each pass in another order ("shuffle"), or in that of the "file".')
     ] = "shuffle",
     adapter: Annotated[
-        str, typer.Option(help='What is trained: "lora", "dora", "qlora" or "full".')
-    ] = "lora",
+        str | None, typer.Option(help='What is trained: "lora" (the default), "dora", "qlora" or "full".')
+    ] = None,
     eval_fraction: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of the questions held out, to keep the best student.")
     ] = 0.0,
@@ -130,7 +130,7 @@ def distill(
     from agentkd.distill import DistillConfig
 
     settings: dict[str, Any] = {
-        **_student(parent, base, kind, rank),
+        **_student(parent, base, kind, adapter, rank),
         "steps": steps,
         "epochs": epochs,
         "batch_size": batch_size,
@@ -145,7 +145,6 @@ def distill(
         "negatives": str(negatives) if negatives else None,
         "teacher": teacher_model,
         "order": order,
-        "adapter": adapter,
         "precision": precision,
         "eval_fraction": eval_fraction,
         "eval_every": eval_every,
@@ -178,7 +177,7 @@ def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) 
 
     with Display(as_json or rank() > 0) as shown:
         shown.stage("distill")
-        student = run(trajectories, out, config, shown.training)
+        student = run(trajectories, out, config, shown.training, shown.say)
         shown.done(f"{student.training['steps']} steps, loss {student.training['last_loss']:.3f}")
     if as_json:
         print_json({"out": str(out), "training": student.training})
@@ -187,9 +186,12 @@ def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) 
     print(f"Next: agentkd serve {out}")
 
 
-def _student(parent: Path | None, base: str | None, kind: str | None, rank: int | None) -> dict[str, Any]:
+def _student(
+    parent: Path | None, base: str | None, kind: str | None, adapter: str | None, rank: int | None
+) -> dict[str, Any]:
     """What is trained; a parent says what was not said."""
-    given = {"base": base, "kind": kind, "lora_r": rank, "lora_alpha": None if rank is None else 2 * rank}
+    alpha = None if rank is None else 2 * rank
+    given = {"base": base, "kind": kind, "adapter": adapter, "lora_r": rank, "lora_alpha": alpha}
     said = {name: value for name, value in given.items() if value is not None}
     if parent is None:
         return said

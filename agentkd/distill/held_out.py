@@ -10,29 +10,39 @@ import torch
 
 from agentkd.distill.examples import Example
 from agentkd.distill.learner import Learner
+from agentkd.distill.ranks import rank
+from agentkd.distill.workers import Contrast
 from agentkd.errors import TrainingError, boundary
 
 __all__ = ["Best", "held_out_loss"]
 
 
-def held_out_loss(learner: Learner, examples: Sequence[Example]) -> float:
+def held_out_loss(learner: Learner, examples: Sequence[Example], contrast: Contrast | None = None) -> float:
     """Mean cross-entropy (nats) of the targets of examples, weighted as in training; without dropout.
+
+    With a contrast it is that loss instead: a student that learns to prefer may well write the right
+    ones with a smaller likelihood, and would else be best before its first step.
 
     Raises:
         TrainingError: it is not a number.
     """
     learner.refresh()
     learner.peft.eval()
-    total = 0.0
     try:
         with torch.no_grad():
-            for pack in learner.packs(examples, 1):
-                losses = learner.losses(pack)
-                total += (losses * losses.new_tensor(pack.weights)).sum().item()
+            mean = _cross_entropy(learner, examples) if contrast is None else contrast.loss(learner, examples)
     finally:
         learner.peft.train()
-    if not math.isfinite(total):
+    if not math.isfinite(mean):
         raise TrainingError("The loss on the held-out examples is not a number.", "Lower the learning rate.")
+    return mean
+
+
+def _cross_entropy(learner: Learner, examples: Sequence[Example]) -> float:
+    total = 0.0
+    for pack in learner.packs(examples, 1):
+        losses = learner.losses(pack)
+        total += (losses * losses.new_tensor(pack.weights)).sum().item()
     return total / sum(example.weight for example in examples)
 
 
@@ -59,7 +69,7 @@ class Best:
     def add(self, loss: float, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Take note of a loss; keep the parameters when there was none as low."""
         self.losses.append(loss)
-        if self.since:
+        if self.since or rank():  # the first process writes the student
             return
         partial = self.path.with_suffix(".partial")
         with boundary(TrainingError, f"writing {self.path}"):

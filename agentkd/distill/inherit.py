@@ -16,16 +16,17 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_settings(student: Path) -> dict[str, Any]:
-    """What of a student's settings the next training has to share with it: base, kind, rank and scale.
+    """What of a student's settings the next training has to share with it: base, kind, adapter, rank, scale.
 
     Raises:
-        ConfigError: not a finished student folder.
+        ConfigError: not a finished student folder, or one without an adapter.
     """
     parent = load_student(student)
     adapter = _adapter_config(parent)
     return {
         "base": parent.base,
         "kind": parent.kind,
+        "adapter": "dora" if adapter.get("use_dora") else "lora",
         "lora_r": adapter["r"],
         "lora_alpha": adapter["lora_alpha"],
     }
@@ -49,12 +50,15 @@ def check_parent(config: DistillConfig, base_hash: str) -> dict[str, Any] | None
     parent = load_student(config.parent)
     check_base(parent, base_hash)
     wanted = adapter_settings(parent.path)
-    for field in ("kind", "lora_r", "lora_alpha"):
-        if getattr(config, field) != wanted[field]:
+    chosen = config.model_dump(include=set(wanted))
+    if config.adapter in ("qlora", "full"):  # the first is lora; the second is refused by check_adapter
+        chosen["adapter"] = "lora" if config.adapter == "qlora" else wanted["adapter"]
+    for field in ("kind", "adapter", "lora_r", "lora_alpha"):
+        if chosen[field] != wanted[field]:
             raise ConfigError(
-                f"{parent.path} has {field} {wanted[field]!r}, not {getattr(config, field)!r}.",
-                f"Training goes on with that adapter: set {field} to {wanted[field]!r}, or leave --kind "
-                "and --rank out.",
+                f"{parent.path} has {field} {wanted[field]!r}, not {chosen[field]!r}.",
+                f"Training goes on with that adapter: set {field} to {wanted[field]!r}, or leave --kind, "
+                "--adapter and --rank out.",
             )
     return _record(parent)
 
@@ -62,7 +66,7 @@ def check_parent(config: DistillConfig, base_hash: str) -> dict[str, Any] | None
 def data_hash(trajectories: Path, parent: str | None) -> str:
     """Hash of what a training is made of: the trajectories, and the parent's adapter, wherever it lies."""
     data = file_hash(trajectories)
-    return data if parent is None else f"{data}\n{file_hash(load_student(parent).adapter / WEIGHTS)}"
+    return data if parent is None else f"{data}\n{file_hash(_adapter(load_student(parent)) / WEIGHTS)}"
 
 
 def _record(parent: Student) -> dict[str, Any]:
@@ -98,8 +102,19 @@ def take_over(peft: Any, adapter: Path) -> None:
         )
 
 
+def _adapter(parent: Student) -> Path:
+    """Folder of the parent's adapter."""
+    if parent.weights == "model":
+        raise ConfigError(
+            f"{parent.path} is a whole model, and has no adapter to go on with.",
+            f"Write it with agentkd export-student {parent.path} --merged FOLDER, and train that as --base.",
+        )
+    return parent.adapter
+
+
 def _adapter_config(parent: Student) -> dict[str, Any]:
-    content = read_json(parent.adapter / "adapter_config.json")
+    folder = _adapter(parent)
+    content = read_json(folder / "adapter_config.json")
     if not isinstance(content, dict) or not {"r", "lora_alpha"} <= content.keys():
-        raise ConfigError(f"{parent.adapter / 'adapter_config.json'} is not one of LoRA.", "Distil again.")
+        raise ConfigError(f"{folder / 'adapter_config.json'} is not one of LoRA.", "Distil again.")
     return content

@@ -23,7 +23,7 @@ from agentkd.distill.held_out import Best, held_out_loss
 from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import make_objective
 from agentkd.distill.preference import PREFERENCES, make_preference
-from agentkd.distill.ranks import mine, sum_over_ranks
+from agentkd.distill.ranks import mine, of_the_first, rank, sum_over_ranks
 from agentkd.distill.teacher import LocalTeacher
 from agentkd.distill.tracking import tracker
 from agentkd.distill.workers import Contrast, Goal, Workers, score_references, side_by_side
@@ -58,7 +58,8 @@ class StepLog(BaseModel):
     seconds: float
     """Wall-clock."""
     held_out: float | None = None
-    """Mean cross-entropy (nats) of the held-out examples behind this step, where there was a look at them."""
+    """Mean loss of the held-out examples behind this step, where there was a look at them: cross-entropy
+    (nats), or with "aft" and "dpo" the objective."""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -111,7 +112,8 @@ def run_training(
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
     goal = _goal(base, learner, config)
     if negatives is not None:  # before the checkpoint is taken over: the reference is the student as it was
-        goal = replace(goal, contrast=_contrast(out, identity, learner, examples, negatives, config))
+        everything = [*examples, *held_out]
+        goal = replace(goal, contrast=_contrast(out, identity, learner, everything, negatives, config))
     begun = _restore(out, identity, parameters, optimizer)
     rows = _rewind(out / "loss.jsonl", begun)
     best = Best(out / "best.pt", [row.held_out for row in rows if row.held_out is not None])
@@ -130,7 +132,7 @@ def run_training(
             rate = learning_rate(step, steps, config.learning_rate, config.warmup)
             row = _step(learner, parameters, optimizer, batch, config, (step, steps), rate, workers)
             if held_out and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-                unseen = held_out_loss(learner, held_out)
+                unseen = of_the_first(held_out_loss(learner, held_out, goal.contrast), learner.device)
                 best.add(unseen, parameters)
                 row = row.model_copy(update={"held_out": unseen})
             losses.append(row)
@@ -138,11 +140,12 @@ def run_training(
             track(row.model_dump(exclude={"step"}, exclude_none=True), row.step)
             if on_progress is not None:
                 on_progress(step + 1, steps, row.loss)
-            if (step + 1) % config.save_every == 0 and step + 1 < steps:
+            if (step + 1) % config.save_every == 0 and step + 1 < steps and not rank():
                 _save(out, identity, step + 1, parameters, optimizer)
-    if best.losses:
-        best.restore(parameters)
-    _save_adapter(learner, out / ("model" if learner.whole else "adapter"))
+    if not rank():
+        if best.losses:
+            best.restore(parameters)
+        _save_adapter(learner, out / ("model" if learner.whole else "adapter"))
     return {**_summary(rows, learner), **_held_out(rows)}
 
 

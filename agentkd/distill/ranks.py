@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["group", "mine", "rank", "start_ranks", "sum_over_ranks", "world"]
+__all__ = ["group", "mine", "of_the_first", "rank", "start_ranks", "sum_over_ranks", "world"]
 
 T = TypeVar("T")
 
@@ -79,6 +79,18 @@ def sum_over_ranks(parameters: Sequence[torch.nn.Parameter], loss: float) -> flo
     total = torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)
     distributed.all_reduce(total)
     return total.item()
+
+
+def of_the_first(value: float, device: torch.device) -> float:
+    """The first process's value: what decides when to end must be one number for all."""
+    if world() == 1:
+        return value
+    import torch
+    from torch import distributed
+
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.broadcast(shared, 0)
+    return shared.item()
 
 
 def start_ranks(count: int, arguments: Sequence[str]) -> int:

@@ -49,7 +49,11 @@ Progress = Callable[[int, int, float], None]
 
 
 def distill(
-    trajectories: Path, out: Path, config: DistillConfig | None = None, on_progress: Progress | None = None
+    trajectories: Path,
+    out: Path,
+    config: DistillConfig | None = None,
+    on_progress: Progress | None = None,
+    say: Callable[[str], None] = log.info,
 ) -> Student:
     """Train a student; a finished one is returned at once, a stopped training goes on.
 
@@ -58,6 +62,7 @@ def distill(
         out: the student folder.
         config: the settings.
         on_progress: called after each step.
+        say: told, before the first step, what the training needs and which examples are compared.
 
     Raises:
         DataError: nothing to learn from.
@@ -89,13 +94,13 @@ def distill(
                 failed_steps=config.failed_steps,
             )
         )
-        examples, negatives = _contrasted(examples, items, tokenizer, stop_ids(base, tokenizer), config)
+        examples, negatives = _contrasted(examples, items, tokenizer, stop_ids(base, tokenizer), config, say)
         learnt, held_out = _held_out(examples, items, config)
         identity["examples"] = examples.digest()
         with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
             from agentkd.distill.loop import run_training
         check_adapter(config)
-        need = _memory(base, examples, config)
+        need = _memory(base, examples, config, say)
         with boundary(TrainingError, f"training {out}"), told_what_to_lower(config), group(out) as place:
             summary = run_training(base, learnt, config, place, identity, on_progress, held_out, negatives)
         if rank():
@@ -114,6 +119,7 @@ def _contrasted(
     tokenizer: Any,
     stops: frozenset[int],
     config: DistillConfig,
+    say: Callable[[str], None],
 ) -> tuple[ExampleSet, dict[str, tuple[Example, ...]] | None]:
     """The wrong examples beside the right ones, for the objectives that need them.
 
@@ -131,9 +137,9 @@ def _contrasted(
     tasks = {it.id: items[it.id].task.id for it in examples.examples}
     found = build_negatives(read_rejected(Path(config.negatives)), examples, tasks, tokenizer, stops, config)
     for reason, count in found.left_out.items():
-        log.info("%d of the rejected trajectories are no negatives: %s.", count, reason)
+        say(f"{count} of the rejected trajectories are no negatives: {reason}.")
     alone = sum(it.id not in found.by_right for it in examples.examples)
-    log.info("%d of %d trajectories have a wrong one beside them.", len(found.by_right), len(tasks))
+    say(f"{len(found.by_right)} of {len(tasks)} trajectories have a wrong one beside them.")
     if not preference.sft_weight and alone:
         log.warning("%d of the trajectories left out: no wrong one of their question.", alone)
         chosen = tuple(it for it in examples.examples if it.id in found.by_right)
@@ -141,10 +147,12 @@ def _contrasted(
     return examples, found.by_right
 
 
-def _memory(base: Path, examples: ExampleSet, config: DistillConfig) -> MemoryNeed:
-    need = estimate_memory(base, config, examples.examples)
-    log.info("The training needs about %s.", need)
-    if warning := refuse_too_little(need, free_memory(), config):
+def _memory(
+    base: Path, examples: ExampleSet, config: DistillConfig, say: Callable[[str], None]
+) -> MemoryNeed:
+    need, free = estimate_memory(base, config, examples.examples), free_memory()
+    say(f"The training needs about {need}; {free / MIB:,.0f} MiB are free.")
+    if warning := refuse_too_little(need, free, config):
         log.warning(warning)
     return need
 

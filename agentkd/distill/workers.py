@@ -53,6 +53,20 @@ class Contrast:
     references: Mapping[str, float] = field(default_factory=dict)
     """``log p`` of each example under the reference, where the preference needs one."""
 
+    def lay_out(self, learner: Learner, batch: Sequence[Example], seed: str) -> list[Unit]:
+        """Each right trajectory with the wrong ones that ``seed`` draws."""
+        units: list[Unit] = []
+        for right in batch:
+            wrong = chosen_negatives(right.id, self.negatives, self.count, seed)
+            units.append(Unit(tuple(learner.together([right, *wrong])), right.id))
+        return units
+
+    def loss(self, learner: Learner, batch: Sequence[Example]) -> float:
+        """Of examples that are not learnt; always against the same wrong ones."""
+        units = self.lay_out(learner, batch, "held out")
+        weight, questions = sum(example.weight for example in batch), _compared(units)
+        return sum(_contrasted(learner, self, unit, weight, questions, -1).item() for unit in units)
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -81,12 +95,7 @@ class Workers:
         contrast = self._goal.contrast
         if contrast is None:
             return [Unit((pack,)) for pack in self._learner.packs(batch, self.count * world())]
-        seed = f"{self._goal.seed}:{step}"
-        units: list[Unit] = []
-        for right in batch:
-            wrong = chosen_negatives(right.id, contrast.negatives, contrast.count, seed)
-            units.append(Unit(tuple(self._learner.together([right, *wrong])), right.id))
-        return units
+        return contrast.lay_out(self._learner, batch, f"{self._goal.seed}:{step}")
 
     def map(
         self, units: Sequence[Unit], weight: float, step: int, steps: int
@@ -102,14 +111,13 @@ class Workers:
         Raises:
             TrainingError: a loss is not a number; names the trajectory.
         """
-        # Of the questions that have a wrong trajectory beside the right one.
-        questions = sum(sum(len(pack.examples) for pack in unit.packs) > 1 for unit in units)
+        questions = _compared(units)
 
         def one(unit: Unit) -> tuple[float, Grads]:
             if self._goal.contrast is None:
                 part = self._plain(unit.packs[0], weight, step, steps)
             else:
-                part = self._contrasted(unit, weight, questions, step)
+                part = _contrasted(self._learner, self._goal.contrast, unit, weight, questions, step)
             return part.item(), torch.autograd.grad(part, self._parameters, allow_unused=True)
 
         return self._pool.map(one, units)
@@ -118,15 +126,6 @@ class Workers:
         losses = self._losses(pack, step, steps)
         _check(losses, pack, step)
         return (losses * losses.new_tensor(pack.weights)).sum() / weight
-
-    def _contrasted(self, unit: Unit, weight: float, questions: int, step: int) -> torch.Tensor:
-        """The part of one question: its preference, and the cross-entropy on its right trajectory."""
-        contrast = self._goal.contrast
-        assert contrast is not None
-        scored, cross_entropy = _scored(self._learner, unit.packs, step, contrast.references)
-        part = contrast.preference.sft_weight * cross_entropy[unit.right] / weight
-        wrong = [it for name, it in scored.items() if name != unit.right]
-        return part + contrast.preference.loss(scored[unit.right], wrong) / questions if wrong else part
 
     def _losses(self, pack: Pack, step: int, steps: int) -> torch.Tensor:
         objective, teacher = self._goal.objective, self._goal.teacher
@@ -166,6 +165,21 @@ def _check(losses: torch.Tensor, pack: Pack, step: int) -> None:
             f"The loss of trajectory {name} is not a number in step {step + 1}.",
             "Lower the learning rate, or leave that trajectory out.",
         )
+
+
+def _compared(units: Sequence[Unit]) -> int:
+    """How many of them have a wrong trajectory beside the right one."""
+    return sum(sum(len(pack.examples) for pack in unit.packs) > 1 for unit in units)
+
+
+def _contrasted(
+    learner: Learner, contrast: Contrast, unit: Unit, weight: float, questions: int, step: int
+) -> torch.Tensor:
+    """The part of one question: its preference, and the cross-entropy on its right trajectory."""
+    scored, cross_entropy = _scored(learner, unit.packs, step, contrast.references)
+    part = contrast.preference.sft_weight * cross_entropy[unit.right] / weight
+    wrong = [it for name, it in scored.items() if name != unit.right]
+    return part + contrast.preference.loss(scored[unit.right], wrong) / questions if wrong else part
 
 
 def _scored(

@@ -39,7 +39,7 @@ class Likelihood:
 
     @classmethod
     def load(cls, path_or_name: str) -> Self:
-        """A student folder (its adapter merged), or a base model.
+        """A student folder (an adapter is merged), or a base model.
 
         Raises:
             ConfigError: no such model, or the adapter does not fit it.
@@ -49,11 +49,11 @@ class Likelihood:
             folder = resolve_model(path_or_name)
             return cls(load_model(folder, torch.float32).to(device), load_tokenizer(folder))
         from agentkd.engine.student import load_student
-        from agentkd.engine.torch_engine import merge_adapter
+        from agentkd.engine.torch_engine import load_student_model
 
         student = load_student(path_or_name)
-        model = merge_adapter(load_model(resolve_model(student.base), torch.float32), student.adapter)
-        return cls(model.to(device), load_tokenizer(student.path), student.system_prompt)
+        model = load_student_model(student).to(device)
+        return cls(model, load_tokenizer(student.path), student.system_prompt)
 
     def nll(self, messages: Sequence[Mapping[str, str]]) -> float | None:
         """Mean negative log-likelihood (nats a token) of all assistant turns and the tokens that end them.

@@ -36,15 +36,16 @@ class Probed(NamedTuple):
 
 
 def check_files(student: Student) -> None:
-    """Refuse an adapter that is not the one the training closed with.
+    """Refuse weights that are not those the training closed with.
 
     Raises:
         ConfigError: it has changed.
     """
     outputs = read_json(student.path / "manifest.json").get("outputs", {})
-    wanted, found = outputs.get("adapter_model.safetensors"), student.adapter / "adapter_model.safetensors"
-    if wanted is not None and file_hash(found) != wanted:
-        raise ConfigError(f"{found} is not the adapter that was trained (its SHA-256 differs).", _HINT)
+    for name, wanted in outputs.items():
+        found = student.adapter / name
+        if name.endswith(".safetensors") and (not found.is_file() or file_hash(found) != wanted):
+            raise ConfigError(f"{found} is not what was trained (its SHA-256 differs).", _HINT)
 
 
 def probe_student(student: Student, tokenizer: Any, engine: Engine) -> Probed:

@@ -23,10 +23,11 @@ from agentkd.engine.kv import PrefixCache
 from agentkd.engine.lane import Lane, Queue, start
 from agentkd.engine.packed import pack_linears
 from agentkd.engine.request import Request, Settings
+from agentkd.engine.student import Student
 from agentkd.engine.weights import load_model, load_tokenizer, resolve_model
 from agentkd.errors import ConfigError, ContextOverflowError, boundary
 
-__all__ = ["TorchEngine", "merge_adapter"]
+__all__ = ["TorchEngine", "load_student_model", "merge_adapter"]
 
 _MAX_LANES = 4
 _CACHE_BYTES = 1 << 30
@@ -191,3 +192,14 @@ def merge_adapter(model: Any, adapter: Path) -> Any:
 
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, not the user's
         return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+def load_student_model(student: Student) -> Any:
+    """A student as one model in fp32: its base with the adapter merged, or the whole model that it is.
+
+    Raises:
+        ConfigError: no such base model, or the adapter does not fit it.
+    """
+    if student.weights == "model":
+        return load_model(student.adapter, torch.float32)
+    return merge_adapter(load_model(resolve_model(student.base), torch.float32), student.adapter)

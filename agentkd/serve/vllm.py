@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def _refusal(answer: httpx.Response) -> ProviderError:
 
 
 def vllm_command(
-    python: str, model: Path, tokenizer: Path, students: Sequence[Student], *, gpu: bool, port: int
+    python: str, model: Path, tokenizer: Path, students: Sequence[Student], *, adapters: bool, port: int
 ) -> list[str]:
     """The command line of vLLM's server, without what the user adds.
 
@@ -190,8 +191,8 @@ def vllm_command(
         python: the interpreter.
         model: folder of the base model, or of merged weights.
         tokenizer: folder of the tokenizer.
-        students: GPU: served as adapters of the base; CPU: the one whose merged weights those are.
-        gpu: whether there is one.
+        students: served as adapters of the base, or the one that has the weights in ``model``.
+        adapters: which of the two.
         port: on loopback.
 
     Raises:
@@ -200,7 +201,7 @@ def vllm_command(
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--tokenizer", str(tokenizer), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--enable-prefix-caching"]
-    if not gpu:
+    if not adapters:
         return [*command, "--served-model-name", *(_name(student) for student in students)]
     ranks = [_rank(student) for student in students]
     modules = [f"{_name(student)}={student.adapter.resolve()}" for student in students]
@@ -212,9 +213,17 @@ def _name(student: Student) -> str:
     return student.path.resolve().name
 
 
+def _lora(student: Student) -> dict[str, Any] | None:
+    """Settings of an adapter that vLLM can add to its base; None for DoRA or a whole model."""
+    if student.weights == "model":
+        return None
+    settings: dict[str, Any] = read_json(student.adapter / "adapter_config.json")
+    return None if settings.get("use_dora") else settings
+
+
 def _rank(student: Student) -> int:
     """The limit that vLLM must be started with for this adapter."""
-    rank = int(read_json(student.adapter / "adapter_config.json")["r"])
+    rank = int((_lora(student) or {})["r"])
     limit = next((limit for limit in RANKS if limit >= rank), None)
     if limit is None:
         raise ConfigError(
@@ -236,7 +245,8 @@ def start_vllm(
     """Start what serves the students: one server with adapters on a GPU, one each on a CPU.
 
     On a CPU a LoRA makes the first token of a long prompt an order of magnitude slower, so there the
-    adapter is merged into the base model, in a folder that is removed at the end.
+    adapter is merged into the base model, in a folder that is removed at the end. DoRA, which vLLM does
+    not know, is merged on a GPU as well; such a student, or a whole model, is served by itself.
 
     Args:
         students: checked already.
@@ -247,23 +257,27 @@ def start_vllm(
         stack: ends what was started.
 
     Raises:
-        ConfigError: students over several bases on a GPU, or a rank that is too high.
+        ConfigError: students that need several servers on a GPU, or a rank that is too high.
         ProviderError: a server did not start.
     """
     from agentkd.engine.weights import resolve_model
 
+    if gpu:
+        _refuse_several_servers(students)
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentkd-vllm-")))
-    if gpu and len({student.base_hash for student in students}) > 1:
-        raise ConfigError(
-            "The students are of several base models.", "Start one agentkd serve for each base on a GPU."
-        )
-    groups = [list(students)] if gpu else [[student] for student in students]
+    adapters = gpu and all(_lora(student) for student in students)
+    groups = [list(students)] if adapters else [[student] for student in students]
     engines: list[Engine] = []
     for number, group in enumerate(groups):
-        model = resolve_model(group[0].base) if gpu else _merged(group[0], scratch / f"merged-{number}")
+        model = resolve_model(group[0].base) if adapters else _merged(group[0], scratch / f"merged-{number}")
         descriptor, log = tempfile.mkstemp(prefix="agentkd-vllm-", suffix=".log")
         os.close(descriptor)
-        child = _child(group, model, Path(log), python, gpu, arguments, seconds)
+        environment = dict(os.environ)
+        if not gpu:
+            environment.setdefault(_CPU_CACHE, "2")  # GiB; the default takes a large share of the memory
+        command = partial(_command, python, model, group, adapters, arguments)
+        command(0)  # raises what is wrong before anything is started
+        child = Child(command, Path(log), environment=environment, seconds=seconds, name="vLLM")
         stack.callback(child.stop)
         child.start()
         stack.callback(Path(log).unlink, missing_ok=True)  # it stays where the start failed
@@ -274,34 +288,39 @@ def start_vllm(
     return engines
 
 
-def _child(
-    students: Sequence[Student],
-    model: Path,
-    log: Path,
-    python: str,
-    gpu: bool,
-    arguments: Sequence[str],
-    seconds: float,
-) -> Child:
-    def command(port: int) -> list[str]:
-        tokenizer = students[0].path.resolve()
-        return [*vllm_command(python, model, tokenizer, students, gpu=gpu, port=port), *arguments]
+def _refuse_several_servers(students: Sequence[Student]) -> None:
+    """One server takes the GPU's memory, and has one base model."""
+    if len({student.base_hash for student in students}) > 1:
+        raise ConfigError(
+            "The students are of several base models.", "Start one agentkd serve for each base on a GPU."
+        )
+    alone = next((student for student in students if _lora(student) is None), None)
+    if alone is not None and len(students) > 1:
+        raise ConfigError(
+            f"{_name(alone)} is no LoRA of its base model, and needs a vLLM of its own.",
+            "Start one agentkd serve for it on a GPU, and another for the others.",
+        )
 
-    command(0)  # raises what is wrong before anything is started
-    environment = dict(os.environ)
-    if not gpu:
-        environment.setdefault(_CPU_CACHE, "2")  # GiB; the default takes a large share of the memory
-    return Child(command, log, environment=environment, seconds=seconds, name="vLLM")
+
+def _command(
+    python: str,
+    model: Path,
+    students: Sequence[Student],
+    adapters: bool,
+    arguments: Sequence[str],
+    port: int,
+) -> list[str]:
+    tokenizer = students[0].path.resolve()
+    return [*vllm_command(python, model, tokenizer, students, adapters=adapters, port=port), *arguments]
 
 
 def _merged(student: Student, folder: Path) -> Path:
-    """The base model with the adapter in it, as a model folder."""
+    """The student as a model folder in bf16."""
     import torch
 
-    from agentkd.engine.torch_engine import merge_adapter
-    from agentkd.engine.weights import load_model, load_tokenizer, resolve_model
+    from agentkd.engine.torch_engine import load_student_model
+    from agentkd.engine.weights import load_tokenizer
 
-    model = merge_adapter(load_model(resolve_model(student.base), torch.float32), student.adapter)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    load_student_model(student).to(torch.bfloat16).save_pretrained(folder)
     load_tokenizer(student.path).save_pretrained(folder)
     return folder

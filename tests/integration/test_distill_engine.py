@@ -353,8 +353,8 @@ def test_the_card_tells_data_recipe_and_results(student: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(base: Path, kept: Path, tmp_path: Path) -> None:
-    config = settings(base, steps=8, replays=0)
-    distill(kept, tmp_path / "one", config)
+    config = settings(base, steps=8, replays=0, eval_fraction=0.2, eval_every=2)
+    one = distill(kept, tmp_path / "one", config)
     options = [
         "--base",
         str(base),
@@ -366,11 +366,17 @@ def test_two_processes_train_what_one_trains(base: Path, kept: Path, tmp_path: P
         "0.01",
         "--precision",
         "fp32",
+        "--eval-fraction",
+        "0.2",
+        "--eval-every",
+        "2",
     ]
     command = [sys.executable, "-m", "agentkd", "distill", str(kept), *options, "--gpus", "2", "--json"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["training"]["steps"] == 8
+    training = json.loads(done.stdout)["training"]
+    assert training["steps"] == 8
+    assert training["held_out_loss"] == pytest.approx(one.training["held_out_loss"], abs=1e-4)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from agentkd.cli import app
 from agentkd.distill import DistillConfig, distill
 from agentkd.distill.examples import build_examples
 from agentkd.engine.student import load_student
@@ -112,6 +114,57 @@ def test_a_parent_that_does_not_fit_is_refused(
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\x3f")
     with pytest.raises(ConfigError, match="other weights"):
         distill(kept, tmp_path / "d", settings(base, parent=parent).model_copy(update={"base": str(other)}))
+
+
+def test_a_dora_student_goes_on_as_dora(
+    base: Path,  # noqa: F811
+    kept: Path,  # noqa: F811
+    finished: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    from safetensors.torch import load_file
+
+    from agentkd.distill.inherit import adapter_settings
+
+    parent = distill(kept, tmp_path / "dora", settings(base, adapter="dora", steps=2, replays=0)).path
+    taken = adapter_settings(parent)
+    assert taken["adapter"] == "dora"
+    still = settings(base, steps=1, learning_rate=0.0, replays=0, adapter="dora", parent=str(parent))
+    distill(kept, tmp_path / "still", still)
+    mine, parents = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path / "still", parent)
+    )
+    assert any("magnitude" in name for name in mine)
+    assert all(torch.equal(mine[name], parents[name]) for name in parents)
+    with pytest.raises(ConfigError, match="adapter 'dora', not 'lora'"):
+        distill(kept, tmp_path / "a", settings(base, parent=str(parent)))
+    with pytest.raises(ConfigError, match="adapter 'lora', not 'dora'"):
+        distill(kept, tmp_path / "b", settings(base, adapter="dora", parent=str(finished)))
+    with pytest.raises(ConfigError, match="cannot begin with a student's adapter"):
+        distill(kept, tmp_path / "c", settings(base, adapter="full", parent=str(parent)))
+
+
+def test_a_whole_model_is_no_parent_and_its_merged_weights_are_a_base(
+    base: Path,  # noqa: F811
+    kept: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    from agentkd.commands.adapt import _respondent
+    from agentkd.distill.release import merge_student
+    from agentkd.engine.likelihood import Likelihood
+
+    full = settings(base, adapter="full", steps=4, replays=0, learning_rate=3e-3)
+    parent = distill(kept, tmp_path / "full", full).path
+    with pytest.raises(ConfigError, match="no adapter to go on with") as caught:
+        distill(kept, tmp_path / "a", settings(base, parent=str(parent)))
+    assert "--merged" in str(caught.value.hint)
+    line = ["distill", str(kept), "--from", str(parent), "--out", str(tmp_path / "b")]
+    assert str(CliRunner().invoke(app, line).exception) == str(caught.value)
+    merged = merge_student(parent, tmp_path / "merged")
+    distill(kept, tmp_path / "next", settings(merged, steps=1, replays=0))
+    assert losses(tmp_path / "next")[0] < losses(parent)[0]
+    assert Likelihood.load(str(parent)).system_prompt == load_student(parent).system_prompt
+    assert len(_respondent(str(parent), "fork").identity["adapter"]) == 64
 
 
 def test_settings_for_a_parent_are_the_parents(finished: Path) -> None:  # noqa: F811

@@ -147,6 +147,40 @@ def test_training_prefers_the_right_ones_and_resumes_exactly(
     assert losses(tmp_path / "cut") == curve
 
 
+def test_the_reference_is_the_parent_and_held_out_is_the_same_loss(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """The student is its parent before the first step, so that DPO begins at log 2, on both sides."""
+    parent = distill(data / "kept.jsonl", tmp_path / "parent", settings(base, replays=0)).path
+    config = settings(
+        base,
+        objective="dpo",
+        negatives=str(data / "dropped.jsonl"),
+        parent=str(parent),
+        steps=8,
+        replays=0,
+        learning_rate=3e-3,
+        eval_fraction=0.2,
+        eval_every=1,
+    )
+    said: list[str] = []
+    student = distill(data / "kept.jsonl", tmp_path / "next", config, say=said.append)
+    curve = losses(tmp_path / "next")
+    assert curve[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert curve[-1] < 0.9 * curve[0]
+    # By the cross-entropy the parent would be the best.
+    assert student.training["best_step"] > 1
+    assert student.training["held_out_loss"] < math.log(2)
+    assert any("MiB are free" in line for line in said)
+    assert any("5 of 6 trajectories have a wrong one" in line for line in said)
+    plain = distill(data / "kept.jsonl", tmp_path / "plain", config.model_copy(update={"parent": None}))
+    mine, theirs = (json.loads((it.path / "reference.json").read_text())["scores"] for it in (student, plain))
+    assert mine.keys() == theirs.keys()
+    right = [name for name in mine if not name.endswith(" (wrong)")]
+    assert len(right) == 5
+    assert all(mine[name] > theirs[name] for name in right)
+
+
 def test_a_model_that_cannot_pack_has_the_same_losses(
     base: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -204,7 +204,7 @@ def test_adapters_over_one_base_in_one_server(two: list[Path], gpu_python: str) 
 
 def test_the_command_line(two: list[Path]) -> None:
     students = [load_student(folder) for folder in two]
-    line = vllm_command("py", Path("base"), Path("tok"), students, gpu=True, port=1)
+    line = vllm_command("py", Path("base"), Path("tok"), students, adapters=True, port=1)
     assert line[:3] == ["py", "-m", "vllm.entrypoints.openai.api_server"]
     modules = line[line.index("--lora-modules") + 1 : line.index("--max-loras")]
     assert [it.partition("=")[0] for it in modules] == ["taught", "twin"]
@@ -212,7 +212,64 @@ def test_the_command_line(two: list[Path]) -> None:
     path = two[1] / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 1024}))
     with pytest.raises(ConfigError, match="rank 1024"):
-        vllm_command("py", Path("base"), Path("tok"), students, gpu=True, port=1)
+        vllm_command("py", Path("base"), Path("tok"), students, adapters=True, port=1)
+
+
+@pytest.fixture(scope="module", params=["dora", "full"])
+def other(taught: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A student whose weights are no LoRA: a few steps of the same tasks."""
+    from agentkd.distill import DistillConfig, distill
+
+    path = tmp_path_factory.mktemp("other") / request.param
+    config = DistillConfig(
+        base=load_student(taught).base,
+        adapter=request.param,
+        steps=4,
+        learning_rate=1e-2,
+        threads=1,
+        precision="fp32",
+        replays=2,
+    )
+    distill(taught.parent / "kept.jsonl", path, config)
+    return path
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_is_no_lora_is_served_with_its_own_weights(
+    other: Path, python: str, gpu_python: str, gpu: bool
+) -> None:
+    student = load_student(other)
+    with ExitStack() as stack:
+        (engine,) = start_vllm(
+            [student],
+            python=gpu_python if gpu else python,
+            gpu=gpu,
+            arguments=(),
+            seconds=60,
+            stack=stack,
+        )
+        child: Child = engine.child  # type: ignore[attr-defined]
+        assert child.pid is not None
+        assert b"--enable-lora" not in command_line(child.pid)
+        assert probe_student(student, load_tokenizer(student.path), engine).tokens > 0
+
+
+def test_what_is_no_lora_is_not_served_beside_others_on_one_gpu(
+    other: Path, taught: Path, gpu_python: str
+) -> None:
+    students = [load_student(taught), load_student(other)]
+    with pytest.raises(ConfigError, match="a vLLM of its own"), ExitStack() as stack:
+        start_vllm(students, python=gpu_python, gpu=True, arguments=(), seconds=60, stack=stack)
+
+
+def test_other_weights_are_refused_whatever_was_trained(other: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(other, tmp_path / "changed")
+    (path,) = load_student(folder).adapter.glob("*.safetensors")
+    save_file({name: value * 0.5 for name, value in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match="SHA-256"):
+        serve(folder)
 
 
 def serve(folder: Path) -> list[str]:
