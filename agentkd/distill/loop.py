@@ -160,6 +160,7 @@ def _held_out(rows: Sequence[StepLog]) -> dict[str, Any]:
 
 def _goal(base: Path, learner: Learner, config: DistillConfig) -> Goal:
     if config.objective in PREFERENCES:
+        _no_teacher(config)
         return Goal(seed=config.seed)
     tokenizer = load_tokenizer(base)
     mask_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -167,6 +168,7 @@ def _goal(base: Path, learner: Learner, config: DistillConfig) -> Goal:
         config.objective, share=config.teacher_share, mask_rate=config.mask_rate, mask_id=mask_id
     )
     if objective is None or not objective.needs_teacher:
+        _no_teacher(config)
         return Goal(objective, seed=config.seed)
     if config.teacher is None:
         raise ConfigError(
@@ -174,6 +176,14 @@ def _goal(base: Path, learner: Learner, config: DistillConfig) -> Goal:
         )
     folder = resolve_model(config.teacher)
     return Goal(objective, LocalTeacher(folder, tokenizer, learner.device, learner.dtype), config.seed)
+
+
+def _no_teacher(config: DistillConfig) -> None:
+    if config.teacher is not None:
+        raise ConfigError(
+            f"The objective {config.objective} has no use for a teacher model.",
+            "Leave --teacher-model out, or choose another --objective.",
+        )
 
 
 def _contrast(

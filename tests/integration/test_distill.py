@@ -461,6 +461,8 @@ def test_a_teacher_that_is_missing_or_of_another_vocabulary_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="needs a teacher"):
         distill(kept, tmp_path / "a", settings(base, objective="jsd"))
+    with pytest.raises(ConfigError, match="no use for a teacher"):
+        distill(kept, tmp_path / "a", settings(base, teacher=str(base)))
     other = tmp_path / "other"
     load_model(base).save_pretrained(other)
     tokenizer = small_tokenizer()
