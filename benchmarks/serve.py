@@ -253,13 +253,15 @@ def short_prompt(model: str, rounds: int) -> dict[str, float]:
 
     path = resolve_model(model)
     words, found = load_tokenizer(path), {}
-    for prefix in ("known", "new"):
-        with TorchEngine.load(path, **({} if prefix == "known" else {"cache_bytes": 0})) as engine:
+    with TorchEngine.load(path) as engine:
+        for prefix in ("known", "new"):
             for name, prompt in (("teacher", system_prompt(TEACHER)), ("student", system_prompt(STUDENT))):
                 took = []
                 for number in range(rounds + 1):
                     question = {"role": "user", "content": f"What is {number} times {number}?"}
                     ids = render_prompt(words, [{"role": "system", "content": prompt}, question])
+                    if prefix == "new":
+                        engine.prefix_cache.clear()
                     took.append(milliseconds(lambda ids=ids: engine.generate(ids, max_new_tokens=1)))  # type: ignore[misc]
                 found[f"{name}_prompt_tokens"] = float(len(ids))
                 found[f"{name}_prompt_ms_prefix_{prefix}"] = statistics.median(took[1:])

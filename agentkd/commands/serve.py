@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from agentkd.commands.console import Corpus, Sandbox, announce, complain
+from agentkd.commands.console import Corpus, Sandbox, announce, complain, leave
 
 __all__ = ["register"]
 
@@ -124,6 +124,7 @@ def serve(
         save_runs=save_runs,
     )
     serve_students(what, config, host=host, port=port, guard=guard, tokens=tokens, say=complain)
+    leave(0)  # everything is closed; torch takes seconds to be torn down
 
 
 def _known(engine: str) -> Literal["auto", "embedded", "vllm"]:

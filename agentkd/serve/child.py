@@ -50,10 +50,11 @@ class Child:
         health: path that answers 200 when it is ready.
         environment: its environment variables.
         seconds: what a start may take.
+        silence: seconds without an answer of ``health`` after which it counts as crashed.
         name: what it is called in messages.
 
     Attributes:
-        state: "starting", "ready", "down" (crashed, about to be started again) or "stopped".
+        state: "starting", "ready", "down" (crashed or hung, about to be started again) or "stopped".
         restarts: how often it was started again.
     """
 
@@ -65,10 +66,12 @@ class Child:
         health: str = "/health",
         environment: Mapping[str, str] | None = None,
         seconds: float = 600.0,
+        silence: float = 60.0,
         name: str = "the engine",
     ) -> None:
         self.command, self.log, self.health = command, log, health
         self.environment, self.seconds, self.name = environment, seconds, name
+        self.silence, self._hangs = silence, False
         self.state: Literal["starting", "ready", "down", "stopped"] = "starting"
         self.restarts = 0
         self.port = 0
@@ -132,10 +135,11 @@ class Child:
                 if self._stopping.is_set():
                     return
                 self.state = "down"
-                print(
-                    f"{self.name} ended ({self._last_words()}); starting it again in {delay:g} s.",
-                    file=sys.stderr,
-                )
+                why = f"ended ({self._last_words()})"
+                if self._hangs:
+                    why = f"was ended, for it has not answered for {self.silence:g} s"
+                print(f"{self.name} {why}; starting it again in {delay:g} s.", file=sys.stderr)
+                self._hangs = False
                 self._stopping.wait(delay)
                 delay = min(delay * 2, _BACKOFF[1])
                 self.restarts += 1
@@ -163,9 +167,8 @@ class Child:
         if ready_at is not None:
             self.state = "ready"
             self._first.set()
-            while self._process.poll() is None and not self._stopping.wait(0.05):
-                pass
-            if self._process.poll() is not None:
+            self._hangs = self._watch(self._process)
+            if not self._stopping.is_set():
                 self.state = "down"
         self._end()
         return ready_at
@@ -174,12 +177,30 @@ class Child:
         deadline = time.monotonic() + self.seconds
         with httpx.Client(trust_env=False, timeout=2.0) as client:
             while process.poll() is None and time.monotonic() < deadline:
-                with contextlib.suppress(httpx.HTTPError):
-                    if client.get(self.url + self.health).status_code == 200:
-                        return time.monotonic()
+                if self._answers(client):
+                    return time.monotonic()
                 if self._stopping.wait(0.1):
                     return None
         return None
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> bool:
+        """Stay until it has ended, hangs, or is to be stopped; returns whether it hangs."""
+        heard = asked = time.monotonic()
+        with httpx.Client(trust_env=False, timeout=5.0) as client:
+            while process.poll() is None and not self._stopping.wait(0.05):
+                if time.monotonic() - asked < self.silence / 12:
+                    continue
+                answers, asked = self._answers(client), time.monotonic()
+                if answers:
+                    heard = asked
+                elif asked - heard > self.silence:
+                    return True
+        return False
+
+    def _answers(self, client: httpx.Client) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return client.get(self.url + self.health).status_code == 200
+        return False
 
     def _end(self) -> None:
         """End the process group; a leader that is gone may have left workers behind."""

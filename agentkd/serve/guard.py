@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from agentkd.serve.tokens import Tokens
 if TYPE_CHECKING:
     from agentkd.serve.backend import ChatBackend
 
-__all__ = ["CHAT", "Guard", "GuardConfig", "GuardMiddleware"]
+__all__ = ["CHAT", "Gone", "Guard", "GuardConfig", "GuardMiddleware"]
 
 CHAT = "/v1/chat/completions"
 CLIENT_GONE = 499
@@ -173,13 +174,13 @@ class GuardMiddleware:
         except RequestError as exc:
             visit.error = exc.code or "refused"
             await _refuse(exc, answer)
-        except _Gone as exc:
+        except Gone as exc:
             visit.why = exc.why
             if visit.status is not None:
                 raise  # the server closes the connection in the middle of the answer, as it must
         except asyncio.CancelledError:
-            visit.why = "stopped"
-            raise
+            if not await _stop(visit, answer):
+                raise
         finally:
             self.guard.log(visit)
 
@@ -211,7 +212,7 @@ class GuardMiddleware:
 
         Raises:
             RequestError: too large (413) or too slow (408).
-            _Gone: the client hung up.
+            Gone: the client hung up.
         """
         most = self.guard.config.max_body
         told = dict(scope["headers"]).get(b"content-length", b"0")
@@ -226,7 +227,7 @@ class GuardMiddleware:
                         )
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise _Gone("client_gone")
+                        raise Gone("client_gone")
                     body += message.get("body", b"")
                     more = message.get("more_body", False) or len(body) > most
         except TimeoutError:
@@ -249,15 +250,17 @@ class GuardMiddleware:
             elif message["type"] == "http.response.body":
                 visit.sent += len(message.get("body", b""))
                 self._first_piece(visit)
+            more = message.get("more_body", False)
             try:
                 async with asyncio.timeout(limit):
                     await send(message)
+                    if more:  # the loop gets to say that the client is gone before more is written
+                        await asyncio.sleep(0)
             except TimeoutError:
-                raise _Gone("slow_reader") from None
+                raise Gone("slow_reader") from None
             except OSError:
-                raise _Gone("client_gone") from None
-            last = message["type"] == "http.response.body" and not message.get("more_body", False)
-            visit.whole = last and visit.why is None
+                raise Gone("client_gone") from None
+            visit.whole = message["type"] == "http.response.body" and not more and visit.why is None
 
         return answer
 
@@ -268,7 +271,7 @@ class GuardMiddleware:
             self.guard.metrics.first.labels(visit.served.model).observe(time.perf_counter() - turn)
 
 
-class _Gone(Exception):
+class Gone(Exception):
     """Nobody reads the answer."""
 
     def __init__(self, why: str) -> None:
@@ -287,7 +290,7 @@ async def _unless_gone(turn: Awaitable[None], receive: Receive) -> None:
     try:
         await asyncio.wait({entering, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
         if not entering.done():
-            raise _Gone("client_gone")
+            raise Gone("client_gone")
         await entering
     finally:
         for task in (entering, hanging_up):
@@ -325,6 +328,22 @@ async def _refuse(exc: RequestError, send: Send) -> None:
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": exc.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _stop(visit: Visit, send: Send) -> bool:
+    """The time to drain is over: say so to the client, where that can still be said."""
+    ending = RequestError("The server has ended.", status=503, code="draining")
+    with suppress(Gone):
+        if visit.status is None:
+            visit.error = ending.code
+            await _refuse(ending, send)
+            return True
+        visit.why = "stopped"
+        if visit.served.stream and visit.status == 200:
+            event = f"data: {json.dumps(ending.body())}\n\n".encode()
+            await send({"type": "http.response.body", "body": event})
+            return True
+    return False
 
 
 def _facts(visit: Visit, seconds: float) -> dict[str, Any]:

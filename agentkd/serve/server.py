@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import signal
 import socket
@@ -18,7 +20,7 @@ import uvicorn
 from agentkd.errors import ConfigError, ProviderError
 from agentkd.serve.app import create_app
 from agentkd.serve.backend import ChatBackend, student_backend
-from agentkd.serve.guard import Guard, GuardConfig
+from agentkd.serve.guard import Gone, Guard, GuardConfig
 from agentkd.serve.tokens import Tokens, is_loopback
 
 if TYPE_CHECKING:
@@ -224,7 +226,13 @@ class _Uvicorn(uvicorn.Server):
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether uvicorn has something to say that is not an answer which was broken off on purpose."""
+    return not record.exc_info or not isinstance(record.exc_info[1], (Gone, asyncio.CancelledError))
+
+
 def _uvicorn(app: Any, drain_seconds: float = _GRACE) -> uvicorn.Server:
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     # No log configuration: uvicorn's would write requests to stdout, which belongs to the caller.
     config = uvicorn.Config(
         app,

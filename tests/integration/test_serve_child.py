@@ -172,6 +172,25 @@ def test_the_child_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert wait_for(lambda: not alive(pid), 10)
 
 
+def test_a_child_that_hangs_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("agentkd.serve.child._GRACE", 0.2)
+    child = Child(lambda port: [*WEB, str(port)], tmp_path / "log", health="/", silence=1.0)
+    child.start()
+    try:
+        first = child.pid
+        assert first is not None
+        time.sleep(1.5)  # one that answers is left alone
+        assert (child.pid, child.state) == (first, "ready")
+        os.kill(first, signal.SIGSTOP)
+        assert wait_for(lambda: child.restarts == 1 and child.state == "ready")
+        assert not alive(first)
+        assert "has not answered for 1 s" in capsys.readouterr().err
+    finally:
+        child.stop()
+
+
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     child = Child(lambda port: [*WEB, str(port)], tmp_path / "log", health="/")

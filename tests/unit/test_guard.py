@@ -24,6 +24,7 @@ pytest.importorskip("fastapi")
 
 from agentkd.errors import ConfigError, SandboxError
 from agentkd.serve import GuardConfig, RequestError, Server, Tokens, create_app, read_tokens
+from agentkd.serve.guard import Guard, GuardMiddleware
 from agentkd.serve.limits import Line, Rates, TryLater
 from tests.serving import Talker
 
@@ -396,22 +397,74 @@ def test_a_client_that_vanishes_is_counted_as_one() -> None:
         assert metric(client, gone) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_what_is_under_way_end(number: signal.Signals) -> None:
+def test_between_two_pieces_the_loop_can_say_that_the_client_is_gone() -> None:
+    """asyncio complains on stderr of pieces that are written after that."""
+    seen: list[bool] = []
+
+    async def play() -> None:
+        loop, gone = asyncio.get_running_loop(), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200})
+            for _ in range(3):
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                seen.append(gone.is_set())
+                loop.call_soon(gone.set)
+
+        guard = Guard(GuardConfig(), Tokens(), [])
+        scope = {"type": "http", "method": "GET", "path": "/health", "headers": []}
+        await GuardMiddleware(app, guard)(scope, app, send)  # type: ignore[arg-type]
+
+    asyncio.run(play())
+    assert seen == [False, True, True]
+
+
+@contextmanager
+def process_that_drains(seconds: float) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A server of its own, and a client of it."""
     program = (
         "from agentkd.serve.server import create_app, serve_app; from tests.serving import Talker\n"
-        "serve_app(create_app([Talker()]), host='127.0.0.1', port=0, drain_seconds=10,\n"
+        f"serve_app(create_app([Talker()]), host='127.0.0.1', port=0, drain_seconds={seconds},\n"
         "          say=lambda address: print(address, flush=True))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert process.stdout is not None
-    with httpx.Client(base_url=process.stdout.readline().strip(), timeout=20) as client:
+    with process, httpx.Client(base_url=process.stdout.readline().strip(), timeout=20) as client:
+        try:
+            yield process, client
+        finally:
+            process.kill()
+
+
+def test_what_does_not_end_in_time_is_told_so() -> None:
+    with process_that_drains(1) as (process, client), ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(client.post, CHAT, json=body("for ever"))
+        stream = pool.submit(client.post, CHAT, json=body("for ever", stream=True))
+        while metric(client, "agentkd_running") < 2:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert whole.result().status_code == 503
+        assert whole.result().json()["error"]["code"] == "draining"
+        *_, last = (line for line in stream.result().text.splitlines() if line)
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
+        _, said = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_what_is_under_way_end(number: signal.Signals) -> None:
+    with process_that_drains(10) as (process, client):
         text = "slowly " + "on " * 40
         lines: list[str] = []
         begun = threading.Event()
@@ -430,8 +483,8 @@ def test_a_signal_lets_what_is_under_way_end(number: signal.Signals) -> None:
         with pytest.raises(httpx.TransportError):
             httpx.get(client.base_url.join("/health"), timeout=5)
         reader.join(20)
+        assert process.wait(10) == 0
     assert "data: [DONE]" in lines and lines.count("") >= 40
-    assert process.wait(10) == 0
 
 
 def test_it_is_not_ready_while_it_drains() -> None:
