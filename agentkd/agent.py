@@ -23,12 +23,12 @@ from agentkd.action import Parsed, parse_action
 from agentkd.draw import Draft, StepDraw
 from agentkd.errors import ConfigError
 from agentkd.model import provider_error
-from agentkd.router import Decision, Router, RouterConfig, tool_probability
+from agentkd.router import Decision, Router, RouterConfig
 from agentkd.sampler import Sampled, Sampler, run_action
 from agentkd.sandbox import Outcome, Sandbox, open_sandbox
 from agentkd.telemetry import choice_span
 from agentkd.tool_use import is_direct
-from agentkd.trajectory import Candidate, Context, Failure, FirstThought, Mode, Route, Step
+from agentkd.trajectory import Context, Failure, FirstThought, Mode, Step
 
 __all__ = ["RolloutCancelled", "RolloutTimeout", "StepAgent", "build_agent"]
 
@@ -181,20 +181,6 @@ class StepAgent(CodeAgent):
             draw.take_over(other.usage, other.seconds)
         return draw, decision
 
-    def _route(self, decision: Decision | None, draft: Draft, parsed: Parsed) -> Route | None:
-        if decision is None or self.router is None:
-            return None
-        route = decision.record(self.router.kind)
-        if route.direct is not None or parsed.code is None:
-            return route
-        return route.model_copy(
-            update={
-                "direct": is_direct(parsed.code),
-                "p_tool": tool_probability([draft], [parsed]),
-                "logprobs": draft.logprobs is not None,
-            }
-        )
-
     def _new_step(self, memory_step: ActionStep, draw: StepDraw, draft: Draft, parsed: Parsed) -> Step:
         memory_step.model_output = parsed.output
         memory_step.model_output_message = draw.answers[-1]
@@ -241,16 +227,17 @@ class StepAgent(CodeAgent):
         elif self.sampler is not None:
             with choice_span("action sampling") as chosen:
                 sampled = self.sampler.act(draw, self._parse, self.sandbox)
-                chosen({"candidates": [_vote(candidate) for candidate in sampled.candidates]})
+                chosen({"candidates": sampled.votes()})
             draft, parsed = sampled.draft, sampled.parsed
         else:
             draft = draw.scored() if decision is not None else draw.one()
             parsed = self._parse(draft.raw)
+        route = None
+        if decision is not None and self.router is not None:
+            route = decision.record(self.router.kind, draft, parsed)
+        candidates = sampled.candidates if sampled is not None else ()
         step = self._new_step(memory_step, draw, draft, parsed).model_copy(
-            update={
-                "route": self._route(decision, draft, parsed),
-                "candidates": sampled.candidates if sampled is not None else (),
-            }
+            update={"route": route, "candidates": candidates}
         )
         if parsed.code is None:
             problem = NO_CODE
@@ -268,7 +255,9 @@ class StepAgent(CodeAgent):
         outcome = run_action(self.sandbox, parsed.code) if sampled is None else sampled.outcome
         assert outcome is not None
         seconds = time.monotonic() - began - draw.seconds
-        uses = self.sandbox.take_tool_uses()
+        uses = (
+            self.sandbox.take_tool_uses() or outcome.tool_uses
+        )  # a process that ended left the session none
         step = step.model_copy(update={"code_seconds": seconds, "tool_uses": uses})
         yield self._outcome(memory_step, step, outcome)
 
@@ -324,11 +313,6 @@ class StepAgent(CodeAgent):
             return self.model.generate(messages)
         except Exception as exc:
             raise provider_error(exc) from exc
-
-
-def _vote(candidate: Candidate) -> dict[str, Any]:
-    """A candidate in a span."""
-    return candidate.model_dump(mode="json", include={"code", "outcome", "votes", "chosen"})
 
 
 def _message(role: str, text: str) -> ChatMessage:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["STOP_SEQUENCES", "Draft", "Sampling", "StepDraw"]
 
 STOP_SEQUENCES = ("Observation:",)
+LOGPROB_SLACK = 1e-3
+"""Above 0 by rounding; what is more is no log-probability, and nothing is concluded from it."""
 
 
 class Draft(NamedTuple):
@@ -214,5 +216,13 @@ def _ids(record: Any, name: str) -> tuple[int, ...] | None:
 
 
 def _logprobs(choice: Any) -> tuple[float, ...] | None:
-    content = getattr(getattr(choice, "logprobs", None), "content", None)
-    return tuple(float(token.logprob) for token in content) if content else None
+    """Of each token; None where the server does not say, or says what is none."""
+    content = getattr(getattr(choice, "logprobs", None), "content", None) or ()
+    values: list[Any] = [getattr(token, "logprob", None) for token in content]
+    if not values or not all(map(_is_logprob, values)):
+        return None
+    return tuple(min(0.0, float(value)) for value in values)
+
+
+def _is_logprob(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value <= LOGPROB_SLACK

@@ -74,9 +74,14 @@ class Decision(NamedTuple):
     drafts: Sequence[Draft] = ()
     parsed: Sequence[Parsed] = ()
 
-    def record(self, router: RouterKind) -> Route:
-        """As it stands in the trajectory."""
-        return Route(
+    def record(self, router: RouterKind, draft: Draft, action: Parsed) -> Route:
+        """As it stands in the trajectory.
+
+        Args:
+            router: which one has decided.
+            draft, action: the first action that was taken; it is the decision where that was left to it.
+        """
+        route = Route(
             router=router,
             mode=self.mode,
             direct=self.direct,
@@ -88,6 +93,14 @@ class Decision(NamedTuple):
                 for number, (draft, action) in enumerate(zip(self.drafts, self.parsed, strict=True))
             ),
         )
+        if self.direct is not None or action.code is None:
+            return route
+        shown = {
+            "direct": is_direct(action.code),
+            "p_tool": tool_probability([draft], [action]),
+            "logprobs": draft.logprobs is not None,
+        }
+        return route.model_copy(update=shown)
 
 
 class Router(Protocol):

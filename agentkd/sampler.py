@@ -10,8 +10,9 @@ vote is settled.
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Hashable
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -74,6 +75,11 @@ class Sampled(NamedTuple):
     candidates: tuple[Candidate, ...]
     usage: Usage
 
+    def votes(self) -> list[dict[str, Any]]:
+        """The candidates, as a span has them."""
+        kept = {"code", "outcome", "votes", "chosen"}
+        return [candidate.model_dump(mode="json", include=kept) for candidate in self.candidates]
+
 
 class Sampler(Protocol):
     """Decides what a step does; used by :class:`agentkd.agent.StepAgent`."""
@@ -127,15 +133,19 @@ class SelfConsistentSampler:
                 usage = usage + cost
                 fresh = [_Candidate(draft, parse(draft.raw)) for draft in drafts]
                 codes = _new_codes(fresh, places)
+                seen += fresh
                 if forks is not None and codes:
                     outcomes += forks.try_each(codes, more=True)
-                for number, candidate in enumerate(fresh, len(seen)):
+                for number, candidate in enumerate(fresh, len(seen) - len(fresh)):
                     _vote(number, candidate, outcomes if forks is not None else None, tally)
-                seen += fresh
             winner = tally.winner()
             index = self._fallback(seen) if winner is None else winner
             chosen = seen[index]
             outcome = _take(chosen, forks, sandbox)
+        except CodeFailure as exc:
+            tally, index = Tally(), _lose(seen, exc)
+            chosen = seen[index]
+            outcome = chosen.outcome
         except BaseException:
             if forks is not None:
                 forks.discard()
@@ -179,7 +189,8 @@ class SelfConsistentSampler:
     def _fallback(self, seen: list[_Candidate]) -> int:
         if self.config.if_all_fail == "first":
             return 0
-        return max(range(len(seen)), key=lambda index: (seen[index].draft.mean_logprob or -1e9, -index))
+        known = [-math.inf if one.draft.mean_logprob is None else one.draft.mean_logprob for one in seen]
+        return known.index(max(known))
 
 
 def _key(code: str) -> Hashable:
@@ -213,6 +224,16 @@ def _vote(number: int, candidate: _Candidate, outcomes: list[Outcome] | None, ta
     candidate.outcome = outcomes[candidate.place]
     if candidate.outcome.error is None:
         tally.add(number, candidate.outcome, candidate.draft.mean_logprob)
+
+
+def _lose(seen: list[_Candidate], why: CodeFailure) -> int:
+    """The session is lost, and all that was tried in it with it; the first candidate with code says why."""
+    for candidate in seen:
+        if candidate.place is not None:
+            candidate.outcome = Outcome(
+                printed=why.printed, error=why.message, timed_out=why.timed_out, ended=True
+            )
+    return next(number for number, candidate in enumerate(seen) if candidate.place is not None)
 
 
 def _take(chosen: _Candidate, forks: ForkingSandbox | None, sandbox: Sandbox) -> Outcome | None:

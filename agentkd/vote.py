@@ -93,16 +93,22 @@ def _same_text(one: str, other: str) -> bool:
     if len(mine) != len(theirs) or len(mine) > PARSE_LIMIT:
         return False
     for place, (left, right) in enumerate(zip(mine, theirs, strict=True)):
-        if left != right and (place % 2 == 0 or not _close(_number(left), _number(right))):
+        if left != right and (place % 2 == 0 or not _same_number(left, right)):
             return False
     return True
 
 
-def _number(text: str) -> int | float:
+def _same_number(one: str, other: str) -> bool:
+    """Whether two spellings are one number; what is none (``1_``) or beyond a float is text."""
     try:
-        return int(text)
+        return _close(int(one), int(other))
     except ValueError:
-        return float(text)
+        pass
+    try:
+        first, second = float(one), float(other)
+    except ValueError:
+        return False
+    return math.isfinite(first) and math.isfinite(second) and _close(first, second)
 
 
 def lead_probability(first: int, second: int) -> float:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from smolagents import tool
+from smolagents.models import ChatMessage
 
 from agentkd.action import parse_action
 from agentkd.agent import StepAgent, build_agent
-from agentkd.draw import Draft
+from agentkd.draw import Draft, StepDraw
 from agentkd.model import openai_model
 from agentkd.rollout import rollout
 from agentkd.sampler import SamplerConfig, SelfConsistentSampler, run_action
-from agentkd.sandbox import Outcome, open_sandbox
+from agentkd.sandbox import CodeFailure, Outcome, open_sandbox
 from agentkd.sandbox.fork import ForkSandbox
 from agentkd.task import Task
 from agentkd.testing import FakeEndpoint, ScriptedModel
@@ -284,6 +287,8 @@ def test_after_any_candidates_the_session_is_as_if_the_winner_alone_had_run(seed
         (Outcome(printed="x is 0.30000000000000004"), Outcome(printed="x is  0.3"), True),
         (Outcome(printed="x is 0.3"), Outcome(printed="y is 0.3"), False),
         (Outcome(value="3"), Outcome(value=3), True),
+        (Outcome(printed="a 1_ b"), Outcome(printed="a 2_ b"), False),
+        (Outcome(printed="n = " + "1" * 5000), Outcome(printed="n = " + "2" * 5000), False),
         (Outcome(value=True), Outcome(value=1), False),
         (Outcome(value="a  b "), Outcome(value="a b"), True),
         (Outcome(value=float("nan")), Outcome(value=float("nan")), True),
@@ -405,3 +410,73 @@ def test_steps_go_on_from_the_chosen_state_and_failures_are_shown() -> None:
     assert [len(step.candidates) for step in record.steps] == [2, 8, 8, 2]
     assert record.answer == "42"
     assert record.steps[1].observation is not None
+
+
+class Losing(ForkSandbox):
+    """Loses its session when it is asked to try for the second time."""
+
+    tries = 0
+
+    def try_each(self, *args: Any, **options: Any) -> list[Outcome]:
+        self.tries += 1
+        if self.tries == 2:
+            self.close()
+            raise CodeFailure("The session is lost.")
+        return super().try_each(*args, **options)
+
+
+def test_a_session_that_is_lost_amid_the_vote_takes_all_candidates_with_it() -> None:
+    session = Losing(timeout=2.0)
+    draw = Scripted(["no code", *(action(str(n)) for n in range(1, 8))])
+    done = SelfConsistentSampler(SamplerConfig(n=8)).act(draw, parse_action, session)
+    assert done.outcome is not None
+    assert done.outcome.error == "The session is lost."
+    assert {candidate.votes for candidate in done.candidates} == {0}
+    assert [candidate.chosen for candidate in done.candidates].index(True) == 1
+    assert all(candidate.failure is not None for candidate in done.candidates)
+    assert session("6 * 7").output == 42  # a new one
+    session.close()
+
+
+def test_calls_of_a_chosen_action_that_was_stopped_stand_in_the_record() -> None:
+    @tool  # type: ignore[untyped-decorator]
+    def look(text: str) -> str:
+        """Look.
+
+        Args:
+            text: what for.
+        """
+        return "seen"
+
+    text = action("look('a')\nwhile True: pass")
+    for sampler in (None, fixed(2)):
+        agent = build_agent(ScriptedModel([text] * 2), [look], sampler=sampler, max_steps=1, action_timeout=1)
+        (step,) = rollout(agent, TASK).steps
+        assert step.failure is not None
+        assert [use.name for use in step.tool_uses] == ["look"], sampler
+
+
+def test_a_certain_failure_is_the_likeliest_one(sandbox: ForkSandbox) -> None:
+    draw = Scripted([action("1 / 0"), action("undefined")], [-1.0, 0.0])
+    done = fixed(2, if_all_fail="likeliest").act(draw, parse_action, sandbox)
+    assert done.outcome is not None
+    assert "NameError" in str(done.outcome.error)
+
+
+@pytest.mark.parametrize("wrong", [None, 12.5, float("nan"), "?"])
+def test_what_is_no_log_probability_is_none(wrong: Any) -> None:
+    token = SimpleNamespace(logprob=wrong)
+    good = SimpleNamespace(logprob=-0.1)
+    said = SimpleNamespace(content=[good, token])
+    choice = SimpleNamespace(
+        logprobs=said, finish_reason="stop", token_ids=None, message=SimpleNamespace(content="")
+    )
+    answer = ChatMessage(role="assistant", content=action("1"), raw=SimpleNamespace(choices=[choice]))
+
+    class Model(ScriptedModel):
+        def generate(self, messages: list[Any], **options: Any) -> Any:
+            return answer
+
+    draft = StepDraw(Model([]), [], {}, 1).one()
+    assert draft.logprobs is None
+    assert draft.probability == 0.0
