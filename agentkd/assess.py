@@ -64,7 +64,8 @@ def assess(
         on_progress: told of each result. The others are as in the command.
 
     Raises:
-        ConfigError: the settings do not fit together.
+        ConfigError: the settings do not fit together, or ``out`` was evaluated with others.
+        DataError: ``tasks`` or ``trained_on`` cannot be read.
         ProviderError: some rollouts ended by errors; what is finished is kept.
     """
     api_base, model, api_key = endpoint
@@ -82,7 +83,9 @@ def assess(
     if target_tokens is not None and not compare:
         raise ConfigError("A target is for choosing among routers.", "Add --router all.")
     test_time = _test_time(student, actions, None if compare else router, seed)
-    label = Path(student).name if student else str(model)
+    label = Path(student).resolve().name if student else str(model)
+    found_twice = None if trained_on is None else _overlap(trained_on, taskset.tasks)
+    same = _same(student, model, kind, temperature=temperature, max_tokens=max_tokens)
 
     def opened() -> AbstractContextManager[tuple[AgentConfig, Any]]:
         asked = (kind, sandbox, temperature, max_tokens)
@@ -102,30 +105,37 @@ def assess(
             yield system[0]
 
         if not compare:
-            same = test_time.model_dump(mode="json")
             result, _ = run_evaluation(
                 label,
                 taskset.tasks,
                 source,
                 out,
-                same=same,
+                same=same | test_time.model_dump(mode="json"),
                 samples=runs,
                 seed=seed,
                 prices=_prices(prices, model, api_base),
                 **shared,
             )
-            if trained_on is not None:
-                found_twice = [item._asdict() for item in _overlap(trained_on, taskset.tasks)]
-                write_json(out / "overlap.json", found_twice)
+            if found_twice is not None:
+                write_json(out / "overlap.json", [item._asdict() for item in found_twice])
             if save:
                 save_test_time(str(student), test_time)
             return result, comparison_table([result])
         config = RouterConfig(seed=seed)
-        found = compare_routers(label, taskset.tasks, source, out, config=config, **shared)
+        found = compare_routers(label, taskset.tasks, source, out, config=config, same=same, **shared)
     tuned = tuned_router(found, target_tokens, config)
     if save:
         save_test_time(str(student), test_time.model_copy(update={"router": tuned}))
     return found, routing_table(found, tuned)
+
+
+def _same(student: str | None, model: str | None, kind: str | None, **sampling: Any) -> dict[str, Any]:
+    """Of the settings of the agents what is known before the system is opened."""
+    if student is None:
+        return {"model": model, "kind": kind or "agent", **sampling}
+    own = (Path(student) / "student.json").is_file()
+    name = Path(student).resolve().name if own else student
+    return {"model": name, **({"kind": kind} if kind else {}), **sampling}
 
 
 def _prices(table: Path | None, model: str | None, api_base: str | None) -> dict[str, Price]:
@@ -138,7 +148,10 @@ def _prices(table: Path | None, model: str | None, api_base: str | None) -> dict
 
 
 def _overlap(trained_on: Path, tasks: Sequence[Task]) -> list[Overlap]:
-    path = trained_on / "trajectories.jsonl" if trained_on.is_dir() else trained_on
+    path = trained_on
+    if path.is_dir():
+        kept = path / "kept.jsonl"
+        path = kept if kept.is_file() else path / "trajectories.jsonl"
     return overlaps([run.task for run in read_trajectories(path)], tasks)
 
 

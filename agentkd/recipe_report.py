@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agentkd.evaluate import SystemResult, contamination
+from agentkd.evaluate import SystemResult, overlaps
 from agentkd.filter import Filtered
 from agentkd.recipe import Recipe
 from agentkd.record import provenance, read_trajectories
@@ -84,7 +85,12 @@ def _main(recipe: Recipe, labels: Sequence[str]) -> str:
 
 
 def _overlap(train: Sequence[Task], test: Sequence[Task]) -> str:
-    return f"Questions that stand in both the training and the test tasks: {contamination(train, test)}."
+    kinds = Counter(item.kind for item in overlaps(train, test))
+    return (
+        f"Of {len(test)} test questions {kinds['exact']} stand among the training questions as they are, "
+        f"{kinds['numbers']} with other numbers (as in families made from a template), and {kinds['near']} "
+        "share half of their 5-grams with one."
+    )
 
 
 def _collection(out: Path, kind: str, filtered: Filtered) -> dict[str, Any]:

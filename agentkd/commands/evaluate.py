@@ -86,6 +86,7 @@ def evaluate(
 ) -> None:
     """Run a student, a base model or an endpoint on held-out tasks; accuracy with 95% intervals."""
     from agentkd.assess import assess
+    from agentkd.record import read_json
 
     announce(sandbox)
     with rollout_progress(as_json, "evaluate") as [show]:
@@ -112,14 +113,13 @@ def evaluate(
             trained_on=trained_on,
             on_progress=show,
         )
+    twice = None if trained_on is None else read_json(out / "overlap.json")
     if as_json:
-        print_json(result.model_dump(mode="json"))
+        found = result.model_dump(mode="json")
+        print_json(found if twice is None else {**found, "overlap": twice})
         return
     from rich.console import Console
 
     Console().print(table)
-    if trained_on is not None:
-        import json
-
-        found = json.loads((out / "overlap.json").read_text(encoding="utf-8"))
-        print(f"{len(found)} test questions overlap with the training questions; see {out / 'overlap.json'}.")
+    if twice is not None:
+        print(f"{len(twice)} test questions overlap with the training questions; see {out / 'overlap.json'}.")

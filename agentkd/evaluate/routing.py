@@ -117,12 +117,13 @@ def compare_routers(
     retriever: Retriever | None = None,
     workers: int = 32,
     tools: ToolKind = "both",
+    same: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RoutingResult:
     """Run a system on tasks under every router; goes on where it stopped.
 
     Args:
-        label, tasks, system, retriever, workers, on_progress: as in :func:`run_evaluation`.
+        label, tasks, system, retriever, workers, same, on_progress: as in :func:`run_evaluation`.
         out: folder for one evaluation a router and ``routing.json``.
         config: how many direct answers, at which temperature, from which seed.
         tools: what counts as a tool.
@@ -152,7 +153,7 @@ def compare_routers(
             retriever=retriever,
             workers=workers,
             on_progress=on_progress,
-            same={"router": router.model_dump(mode="json")},
+            same={**(same or {}), "router": router.model_dump(mode="json")},
         )
     result = routing_figures(label, runs, tools)
     write_json(out / "routing.json", result.model_dump(mode="json"))

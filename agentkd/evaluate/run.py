@@ -45,8 +45,8 @@ def run_evaluation(
         out: folder for ``trajectories.jsonl``, ``result.json`` and ``manifest.json``.
         retriever: what the search tool searches.
         workers: rollouts in flight.
-        samples: runs of each task. Run ``i`` samples by the seed ``seed + i``; one run alone is left as
-            the settings have it.
+        samples: runs of each task. Run ``i`` samples by the seed ``seed + i``, and the draws of a sampler
+            by its own seed + ``i``: what more runs add changes nothing about the first.
         seed: of the first run.
         prices: by model id, for the cost of a task.
         groups: see :func:`summarise`.
@@ -63,13 +63,11 @@ def run_evaluation(
     known = finished_rollouts(log)
     wanted = [f"{task.id}#{sample}" for task in tasks for sample in range(samples)]
     trajectories = [known[key] for key in wanted if key in known]
-    for name, value in (same or {}).items():
-        if any(run.config.get(name) != value for run in trajectories):
-            raise ConfigError(f"{out} holds an evaluation with another {name}.", "Choose another --out.")
+    _check_same(out, trajectories, same or {}, seed)
     if len(trajectories) < len(wanted):
         with system() as (config, model):
             factory = _seeded(config, search_tools(retriever, config), model, samples, seed)
-            settings = config.model_dump(mode="json")
+            settings = config.model_dump(mode="json") | ({"seed": seed} if _samples(config) else {})
             trajectories = run_rollouts(
                 tasks,
                 factory,
@@ -97,20 +95,43 @@ def run_evaluation(
 def _seeded(
     config: AgentConfig, tools: Sequence[Any], model: Any, samples: int, seed: int
 ) -> Callable[[Task, int], Any]:
-    """The factory of agents; with several runs, each has a random stream of its own.
+    """The factory of agents; where they sample, each run has a random stream of its own.
 
     Raises:
         ConfigError: nothing is random, so that all runs would be the same.
     """
-    if samples == 1:
-        return agent_factory(config, tools, model)
-    if config.temperature == 0 and config.sampler is None:
+    if not _samples(config):
+        if samples == 1:
+            return agent_factory(config, tools, model)
         raise ConfigError(
             "At temperature 0 all runs of a task are the same.", "Pass --temperature 0.7, or --runs 1."
         )
     factories = []
-    for number in range(seed, seed + samples):
-        sampler = config.sampler and config.sampler.model_copy(update={"seed": number})
+    for number in range(samples):
+        sampler = config.sampler
+        if sampler is not None:
+            first = seed if sampler.seed is None else sampler.seed
+            sampler = sampler.model_copy(update={"seed": first + number})
         mine = config.model_copy(update={"sampler": sampler})
-        factories.append(agent_factory(mine, tools, model, seed=number))
+        factories.append(agent_factory(mine, tools, model, seed=seed + number))
     return lambda task, sample: factories[sample](task, sample)
+
+
+def _samples(config: AgentConfig) -> bool:
+    """Whether anything about its actions is random."""
+    return config.temperature > 0 or config.sampler is not None
+
+
+def _check_same(out: Path, runs: Sequence[Trajectory], same: Mapping[str, Any], seed: int) -> None:
+    """What stands in a folder must have been made with the settings that are asked for now.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    for run in runs:
+        wanted = dict(same)
+        if run.config.get("temperature") or run.config.get("sampler"):
+            wanted["seed"] = seed
+        for name, value in wanted.items():
+            if run.config.get(name) != value:
+                raise ConfigError(f"{out} holds an evaluation with another {name}.", "Choose another --out.")

@@ -73,10 +73,16 @@ class Workers:
             if worker is None or worker.poll() is not None:
                 worker = self._start()
             reply, usable = self._exchange(worker, request)
-            if not usable:
+            if usable:
+                return reply
+            self._end(worker)
+            worker = None
+            return reply
+        except BaseException:  # Ctrl-C: its verdict, still to come, would be read as the next one's
+            if worker is not None:
                 self._end(worker)
                 worker = None
-            return reply
+            raise
         finally:
             self._free.put(worker)
 
