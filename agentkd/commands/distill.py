@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,9 +160,9 @@ def distill(
         return
     if out is None:
         raise ConfigError("No folder to write was given.", "Add --out student.")
-    if gpus > 1 and "RANK" not in os.environ:
-        from agentkd.distill.ranks import start_ranks
+    from agentkd.distill.ranks import start_ranks, world
 
+    if gpus > 1 and world() == 1:
         if code := start_ranks(gpus, sys.argv[1:]):
             raise typer.Exit(code)
         return

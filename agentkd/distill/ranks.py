@@ -28,13 +28,13 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Number of this process, 0 for the first."""
-    return int(os.environ.get("RANK", "0"))
+    """Number of this process, 0 for the first; a variable of that name alone means nothing."""
+    return int(os.environ.get("RANK", "0")) if world() > 1 else 0
 
 
 def world() -> int:
-    """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes train together: torchrun's variables, which come together or not at all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
 
 
 def mine(items: Sequence[T]) -> Sequence[T]:

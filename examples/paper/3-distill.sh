@@ -6,7 +6,7 @@ distill() {
     what=$1
     shift
     # shellcheck disable=SC2086  # TRAIN_FOR is an option and its value
-    agentkd distill "$OUT/$what/kept/kept.jsonl" --base "$BASE" --rank "$RANK" --lr "$LR" --batch-size "$BATCH" \
+    agentkd distill "$OUT/$what/kept/kept.jsonl" --base "$BASE" --rank "$LORA_RANK" --lr "$LR" --batch-size "$BATCH" \
         $TRAIN_FOR --out "$STUDENTS/$what" "$@"
 }
 distill agent --max-length "$AGENT_LENGTH"

@@ -18,7 +18,7 @@ set -eu
 : "${K:=3}"                                # passages before the question of CoT + retrieval
 
 # LoRA on all linear layers: r 64, alpha 128 (twice the rank), lr 2e-4, 2 epochs, batch 8.
-: "${RANK:=64}"
+: "${LORA_RANK:=64}"
 : "${LR:=2e-4}"
 : "${BATCH:=8}"
 : "${TRAIN_FOR:=--epochs 2}"               # or: --steps N

@@ -46,7 +46,7 @@ def test_the_stages_of_the_paper_run_one_after_another(base: Path, tmp_path: Pat
             "TEST_N": "2",
             "SYSTEMS": " ".join(SYSTEMS),
             "TRAIN_FOR": "--steps 1",
-            "RANK": "4",
+            "LORA_RANK": "4",
             "ACTIONS": "2",
             "K": "1",
             "AGENT_LENGTH": "1000",

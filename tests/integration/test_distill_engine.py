@@ -24,6 +24,7 @@ from agentkd.distill.memory import (
     refuse_too_little,
     told_what_to_lower,
 )
+from agentkd.distill.ranks import rank, world
 from agentkd.distill.release import merge_student, write_gguf
 from agentkd.engine.student import load_student
 from agentkd.errors import ConfigError, TrainingError
@@ -349,6 +350,16 @@ def test_the_card_tells_data_recipe_and_results(student: Path) -> None:
     (student / "result.json").write_text(json.dumps({"overall": cell, "families": {"lcm": cell}}))
     write_card(load_student(student), read_results(student))
     assert "| lcm | 0.610 (0.512 to 0.700), n = 100 |" in (student / "README.md").read_text()
+
+
+def test_a_stray_variable_makes_no_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts call other things RANK: a process that took it for its own would train for nobody."""
+    monkeypatch.setenv("RANK", "4")
+    assert (rank(), world()) == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert (rank(), world()) == (0, 1)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert (rank(), world()) == (4, 8)
 
 
 @pytest.mark.slow
