@@ -1,8 +1,9 @@
 """Do the scorers lie, how fast are they, and what does an expression that hangs cost?
 
 The labelled pairs of ``tests/data/scorer_pairs.jsonl`` (answer, gold answer, scorer, label; fixed before the
-scorers were written) are scored by agentkd and, those of mathematics, by math-verify as it is used alone:
-in this process, with its own time limits. Then a stream of ordinary comparisons is graded with and without
+scorers were written, those of kind ``held_out`` after) are scored by agentkd and, those of mathematics, by
+math-verify as it is used alone: in this process, with its own time limits. Then a stream of ordinary
+comparisons is graded with and without
 expressions that never end: each should cost its time limit in one worker, and nothing else.
 
 About two minutes on two cores; ``--quick`` takes half a minute.

@@ -27,6 +27,8 @@ _WRAPPED = (
     re.compile(r"final_answer\((.+)\)", re.DOTALL),
     re.compile(r"#### *(.+)"),
 )
+_NAME_END = re.compile(r"(?<=[^\W\d_])[+#]{1,2}(?![+#\w])")
+_EITHER = re.compile(r"\\boxed\{[^{}]*\}[\s$]*(?:or|and)[\s$]*\\boxed\{[^{}]*\}[\s$.]*$", re.IGNORECASE)
 _MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october"]
 _MONTHS += ["november", "december"]
 _DATES = (
@@ -51,6 +53,8 @@ def stated_answer(text: str) -> str:
     """
     text = text.strip()
     if (boxed := _last_boxed(text)) is not None:
+        if found := _EITHER.search(text):  # two answers are none
+            return found[0].replace("\\boxed", "").replace("$", "").strip()
         return boxed.strip()
     if "####" in text:
         text = text[text.rindex("####") :]
@@ -113,7 +117,11 @@ def _same(answer: str, gold: str) -> bool:
 
 
 def _spelt(text: str) -> str:
-    """Normalised, and with initials as one word: "J. R. R. Tolkien" is "J.R.R. Tolkien"."""
+    """Normalised, and with initials as one word: "J. R. R. Tolkien" is "J.R.R. Tolkien".
+
+    A "+" or "#" that ends a name is part of it: "C++" is no "C".
+    """
+    text = _NAME_END.sub(lambda found: "plus" * found[0].count("+") + "sharp" * found[0].count("#"), text)
     return re.sub(r"\b([^\W\d])\s(?=[^\W\d]\b)", r"\1", normalise(text))
 
 

@@ -52,12 +52,16 @@ class Workers:
 
     Args:
         count: processes, at most.
+        memory: bytes of address space of one process.
         cpu_seconds: CPU time of one comparison; in wall-clock time it has twenty times that, the start of
             its worker included.
     """
 
-    def __init__(self, count: int | None = None, cpu_seconds: int = CPU_SECONDS) -> None:
+    def __init__(
+        self, count: int | None = None, cpu_seconds: int = CPU_SECONDS, memory: int = MEMORY
+    ) -> None:
         self.cpu_seconds = cpu_seconds
+        self.memory = memory
         self._free: queue.LifoQueue[subprocess.Popen[bytes] | None] = queue.LifoQueue()
         for _ in range(count or min(4, os.cpu_count() or 1)):
             self._free.put(None)
@@ -88,7 +92,7 @@ class Workers:
 
     def _start(self) -> subprocess.Popen[bytes]:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "agentkd.scorer.worker", str(self.cpu_seconds), str(MEMORY)],
+            [sys.executable, "-m", "agentkd.scorer.worker", str(self.cpu_seconds), str(self.memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

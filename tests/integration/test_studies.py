@@ -22,13 +22,14 @@ from agentkd.engine.model import EngineModel
 from agentkd.engine.torch_engine import TorchEngine
 from agentkd.errors import ConfigError, DataError
 from agentkd.evaluate import run_evaluation
+from agentkd.model import openai_model
 from agentkd.prompt import COT_STUDENT, action_text
 from agentkd.record import write_jsonl
 from agentkd.study.faithfulness import study_faithfulness
 from agentkd.study.memorisation import study_memorisation
 from agentkd.study.mismatch import study_mismatch
 from agentkd.task import Task
-from agentkd.testing import ScriptedModel
+from agentkd.testing import FakeEndpoint
 from agentkd.trajectory import Score, Step, StopReason, Trajectory
 from tests.integration.test_serve import tiny_model, tiny_tokenizer
 
@@ -86,8 +87,10 @@ def test_a_model_that_ignores_its_thoughts_is_told_from_one_that_does_not() -> N
     deaf = study_faithfulness(Reader(tokenizer, True), tokenizer, runs)
     assert (deaf.n, deaf.skipped) == (6, 0)
     assert {share.share for share in deaf.unchanged.values()} == {1.0}
-    paraphraser = ScriptedModel(["Two is added."] * 6)
-    hears = study_faithfulness(Reader(tokenizer, False), tokenizer, runs, paraphraser=paraphraser)
+    with FakeEndpoint(lambda messages: "Two is added.") as endpoint:
+        paraphraser = openai_model("fake", endpoint.url)
+        hears = study_faithfulness(Reader(tokenizer, False), tokenizer, runs, paraphraser=paraphraser)
+        assert len(endpoint.requests) == 6
     assert list(hears.unchanged) == [
         "first 0%",
         "first 25%",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 from agentkd.errors import ConfigError, DataError
 from agentkd.evaluate import compare_runs, measure, overlaps, pass_at_k, step_agreement, summarise
 from agentkd.evaluate.rescore import rescore
+from agentkd.model import openai_model
 from agentkd.record import write_jsonl, write_manifest
 from agentkd.scorer.judge import Judge
 from agentkd.spend import Price
 from agentkd.task import Task
-from agentkd.testing import ScriptedModel
+from agentkd.testing import FakeEndpoint, ScriptedModel
 from agentkd.trajectory import Candidate, Score, Step, StopReason, ToolUse, Trajectory, Usage
 
 
@@ -179,6 +181,27 @@ def test_a_judge_is_paid_once_and_its_nonsense_is_an_error(tmp_path: Path) -> No
         assert (again.asked, new[0].correct, new[1].correct) == (1, True, False)
     with pytest.raises(ConfigError, match="needs a model"):
         rescore(source, "judge")
+
+
+def test_a_judge_over_http_is_asked_once_and_keeps_its_verdicts(tmp_path: Path) -> None:
+    source = folder(tmp_path / "a", [run("a"), run("b", False), run("c")])
+    cache = tmp_path / "judge.jsonl"
+
+    def reply(messages: list[dict[str, Any]]) -> Any:
+        asked = str(messages[-1]["content"])
+        if "What is c?" in asked:
+            return 400, b'{"error": {"message": "no such thing"}}'
+        return "CORRECT" if 'Answer: \\"1' in asked or 'Answer: "1' in asked else "INCORRECT"
+
+    with FakeEndpoint(reply) as endpoint:
+        for _ in range(2):
+            model = openai_model("fake", endpoint.url, retries=0, max_tokens=16, temperature=0.0)
+            with Judge(model, cache) as judge:
+                _, new = rescore(source, "judge", judge=judge)
+            assert [item.score.value for item in new if item.score] == [1.0, 0.0, None]
+        asked = Counter(str(body["messages"]) for body in endpoint.requests)
+    assert sorted(asked.values()) == [1, 1, 2]  # a failure is no verdict and is asked again
+    assert len(cache.read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_an_older_or_unknown_schema_is_named(tmp_path: Path) -> None:
