@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from agentkd import prompt as prompts
 
-__all__ = ["Parsed", "parse_action"]
+__all__ = ["Parsed", "parse_action", "program_key"]
 
 _BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n?[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"<(code|python)>\s*\n?(.*?)(?:\n?[ \t]*</\1>|\Z)", re.DOTALL | re.IGNORECASE)
@@ -101,3 +101,11 @@ def _is_python(text: str, calls: bool = False) -> bool:
         return False
     found = bool(tree.body)
     return found and (not calls or any(isinstance(node, ast.Call) for node in ast.walk(tree)))
+
+
+def program_key(code: str) -> str:
+    """Equal for code that differs in layout and comments only; what does not parse is itself."""
+    try:
+        return ast.dump(ast.parse(code))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return code.strip()

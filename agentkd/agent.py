@@ -255,9 +255,8 @@ class StepAgent(CodeAgent):
         outcome = run_action(self.sandbox, parsed.code) if sampled is None else sampled.outcome
         assert outcome is not None
         seconds = time.monotonic() - began - draw.seconds
-        uses = (
-            self.sandbox.take_tool_uses() or outcome.tool_uses
-        )  # a process that ended left the session none
+        # A process that has ended left the session none.
+        uses = self.sandbox.take_tool_uses() or outcome.tool_uses
         step = step.model_copy(update={"code_seconds": seconds, "tool_uses": uses})
         yield self._outcome(memory_step, step, outcome)
 

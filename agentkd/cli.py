@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -33,7 +33,7 @@ from agentkd.commands.console import (
     leave,
     print_json,
 )
-from agentkd.errors import AgentkdError
+from agentkd.errors import AgentkdError, first_problem
 
 if TYPE_CHECKING:
     pass
@@ -77,15 +77,9 @@ def main() -> None:
                 complain(f"Error: {exc.format_message()}", "See --help.")
             leave(2)
         if type(exc).__name__ == "ValidationError":
-            complain(f"Error: {_first_problem(exc)}", "See --help.")
+            complain(f"Error: {first_problem(exc)}", "See --help.")
             leave(2)
         raise
-
-
-def _first_problem(exc: Any) -> str:
-    problem = exc.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"{where}: {problem['msg']}"
 
 
 @app.command("filter", epilog="Example:\n\n`agentkd filter runs/maths --out runs/maths/kept`")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 __all__ = [
     "AgentkdError",
@@ -33,6 +34,7 @@ __all__ = [
     "StorageError",
     "TrainingError",
     "boundary",
+    "first_problem",
 ]
 
 
@@ -126,3 +128,14 @@ def boundary(error: type[AgentkdError], doing: str, hint: str = "") -> Iterator[
         raise error(f"Failed while {doing}: {exc}.", hint) from exc
     except Exception as exc:
         raise error(f"Failed while {doing}: {type(exc).__name__}: {exc}", hint) from exc
+
+
+def first_problem(exc: Any) -> str:
+    """The first thing that pydantic found wrong, as "field.of.field: what", or "what" of the whole.
+
+    Args:
+        exc: a ``pydantic.ValidationError``.
+    """
+    problem = exc.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}" if where else str(problem["msg"])

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from agentkd.agent_config import AgentConfig, agent_factory, search_tools
 from agentkd.collect import CollectConfig, collect
-from agentkd.errors import ConfigError
+from agentkd.errors import ConfigError, first_problem
 from agentkd.evaluate import SystemResult, comparison_table, run_evaluation
 from agentkd.filter import Filtered, filter_run
 from agentkd.first_thought import FirstThoughtConfig
@@ -280,10 +280,8 @@ def _distill_config(name: str, student: StudentRecipe, recipe: Recipe) -> Distil
     try:
         return DistillConfig.model_validate(settings)
     except ValidationError as exc:
-        problem = exc.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
         raise ConfigError(
-            f"students.{name}.settings.{where}: {problem['msg']}.", "See agentkd.distill.DistillConfig."
+            f"students.{name}.settings: {first_problem(exc)}.", "See agentkd.distill.DistillConfig."
         ) from exc
 
 

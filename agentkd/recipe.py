@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from agentkd.errors import ConfigError, boundary
+from agentkd.errors import ConfigError, boundary, first_problem
 from agentkd.filter import FilterConfig
 from agentkd.sandbox import DEFAULT_BACKEND
 
@@ -124,9 +124,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as exc:
-        problem = exc.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ConfigError(f"{path}: {where}: {problem['msg']}.", "See examples/recipe.toml.") from exc
+        raise ConfigError(f"{path}: {first_problem(exc)}.", "See examples/recipe.toml.") from exc
 
 
 ARITHMETIC = ("products", "chain_sum", "lcm", "calendar_arithmetic")

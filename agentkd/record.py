@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from agentkd.errors import ConfigError, DataError, StorageError, boundary
+from agentkd.errors import ConfigError, DataError, StorageError, boundary, first_problem
 from agentkd.task import Task
 from agentkd.trajectory import Trajectory
 
@@ -73,11 +73,8 @@ def _parse(path: Path, number: int, raw: bytes, model: type[R]) -> R:
             f"{path}, line {number}: not UTF-8 ({exc.reason}).", "Save the file as UTF-8."
         ) from exc
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = f"{where}: {first['msg']}" if where else first["msg"]
         raise DataError(
-            f"{path}, line {number}: {what}.",
+            f"{path}, line {number}: {first_problem(exc)}.",
             f"Each line must be one JSON object that is a {model.__name__}.",
         ) from exc
 

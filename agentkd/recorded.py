@@ -263,27 +263,37 @@ class RecordedSandbox:
         requests = [_fingerprint(code) for code in codes]
         known = [recorder.find("try", step, request) for request in requests]
         if recorder.replay:
-            found = [call.answer for _, call in known if call is not None]
-            if len(found) < len(codes):
-                raise NotRecorded(f"step {step}: the candidates were not run to their end")
-            return [Outcome(**answer) for answer in found]
+            answers = [call.answer for _, call in known if call is not None]
+        else:
+            answers = self._try(codes, timeout, more)
+            for request, (ordinal, call), answer in zip(requests, known, answers, strict=False):
+                if call is None:
+                    recorder.note("try", step, ordinal, request, answer, 0.0)
+                elif _fingerprint(_deed(call.answer)) != _fingerprint(_deed(answer)):
+                    raise Diverged(f"step {step}: a candidate came to another outcome than before")
+        if answers and "lost" in answers[0]:
+            raise CodeFailure(**answers[0]["lost"])
+        if len(answers) < len(codes):
+            raise NotRecorded(f"step {step}: the candidates were not run to their end")
+        return [
+            Outcome(
+                **_deed(answer),
+                tool_uses=tuple(ToolUse.model_validate(use) for use in answer.get("tool_uses", ())),
+            )
+            for answer in answers
+        ]
+
+    def _try(self, codes: Sequence[str], timeout: float | None, more: bool) -> list[dict[str, Any]]:
+        """What becomes of each, as it is logged; one answer alone where the session was lost."""
         self._trying = True
         try:
             outcomes = self._sandbox.try_each(codes, timeout, more=more)  # type: ignore[attr-defined]
+        except CodeFailure as exc:
+            lost = {"message": exc.message, "printed": exc.printed, "timed_out": exc.timed_out}
+            return [self._recorder.redactor.value(_as_json({"lost": lost}))]
         finally:
             self._trying = False
-        found = []
-        for (ordinal, call), request, outcome in zip(known, requests, outcomes, strict=True):
-            answer = outcome._asdict()
-            seconds = answer.pop("seconds")
-            del answer["tool_uses"]  # the winner's are logged when it is chosen
-            answer = recorder.redactor.value(_as_json(answer))
-            found.append(answer)
-            if call is None:
-                recorder.note("try", step, ordinal, request, answer, seconds)
-            elif _fingerprint(call.answer) != _fingerprint(answer):
-                raise Diverged(f"step {step}: a candidate came to another outcome than before")
-        return [Outcome(**answer) for answer in found]
+        return [self._recorder.redactor.value(_as_json(_tried(outcome))) for outcome in outcomes]
 
     def commit(self, index: int) -> None:
         step, recorder = self._step(), self._recorder
@@ -343,6 +353,20 @@ class RecordedSandbox:
     def take_tool_uses(self) -> tuple[ToolUse, ...]:
         uses, self._uses = self._uses, ()
         return uses
+
+
+def _tried(outcome: Outcome) -> dict[str, Any]:
+    """A candidate's outcome as it is logged; times differ each time."""
+    answer = outcome._asdict()
+    del answer["seconds"], answer["tool_uses"]
+    if outcome.ended:  # it cannot become the session, which would have its tool uses
+        answer["tool_uses"] = [use.model_dump(mode="json") for use in outcome.tool_uses]
+    return answer
+
+
+def _deed(answer: dict[str, Any]) -> dict[str, Any]:
+    """Of a logged outcome what is the same whenever the code runs."""
+    return {name: value for name, value in answer.items() if name != "tool_uses"}
 
 
 def _code_output(outcome: dict[str, Any]) -> Any:

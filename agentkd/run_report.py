@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from agentkd.errors import ConfigError, DataError, boundary
+from agentkd.errors import ConfigError, DataError, boundary, first_problem
 from agentkd.evaluate import PairedDifference, SystemResult, latest_runs, paired_difference, summarise
 from agentkd.record import read_json
 from agentkd.report import PAPER_SETS, Published, beside_published, size_of, write_report
@@ -133,9 +133,7 @@ def _read(path: Path) -> tuple[list[Trajectory], list[str]]:
             except ValidationError as exc:
                 if not raw.endswith(b"\n"):
                     continue  # the last line of a run that is still being written
-                first = exc.errors()[0]
-                where = ".".join(str(part) for part in first["loc"])
-                problems.append(f"line {number}: {where} {first['msg']}")
+                problems.append(f"line {number}: {first_problem(exc)}")
     return found, problems
 
 

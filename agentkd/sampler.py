@@ -9,14 +9,13 @@ vote is settled.
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentkd.action import Parsed
+from agentkd.action import Parsed, program_key
 from agentkd.draw import Draft
 from agentkd.sandbox import CodeFailure, ForkingSandbox, Outcome, Sandbox
 from agentkd.trajectory import Candidate, Failure, Usage
@@ -193,21 +192,13 @@ class SelfConsistentSampler:
         return known.index(max(known))
 
 
-def _key(code: str) -> Hashable:
-    """Equal for code that differs in layout and comments only."""
-    try:
-        return ast.dump(ast.parse(code))
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return code
-
-
 def _new_codes(fresh: list[_Candidate], places: dict[Hashable, int]) -> list[str]:
     """The codes that no earlier candidate had; all candidates are told which is theirs."""
     codes = []
     for candidate in fresh:
         if candidate.parsed.code is None:
             continue
-        key = _key(candidate.parsed.code)
+        key = program_key(candidate.parsed.code)
         if key not in places:
             places[key] = len(places)
             codes.append(candidate.parsed.code)

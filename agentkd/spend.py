@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from agentkd.errors import AgentkdError, ConfigError, boundary
+from agentkd.errors import AgentkdError, ConfigError, boundary, first_problem
 from agentkd.trajectory import Usage
 
 __all__ = ["Budget", "Ledger", "LimitReached", "Price", "Spent", "load_prices", "published_price"]
@@ -62,10 +62,8 @@ def load_prices(path: Path) -> dict[str, Price]:
     try:
         return _TABLE.validate_python(content)
     except ValidationError as exc:
-        problem = exc.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
         raise ConfigError(
-            f"{path}: {where}: {problem['msg']}.", 'Write ["MODEL"], then input = 2.5 and output = 10.0.'
+            f"{path}: {first_problem(exc)}.", 'Write ["MODEL"], then input = 2.5 and output = 10.0.'
         ) from exc
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from agentkd.errors import ConfigError
+from agentkd.errors import ConfigError, first_problem
 from agentkd.record import read_json, write_json
 from agentkd.router import RouterConfig
 from agentkd.sampler import SamplerConfig
@@ -47,9 +47,7 @@ def load_test_time(folder: Path | str) -> TestTime:
     try:
         return TestTime.model_validate(read_json(path))
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {where}: {first['msg']}.", "Mend the file, or remove it.") from exc
+        raise ConfigError(f"{path}: {first_problem(exc)}.", "Mend the file, or remove it.") from exc
 
 
 def save_test_time(folder: Path | str, settings: TestTime) -> None:

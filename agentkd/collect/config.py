@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agentkd.agent_config import AgentConfig
-from agentkd.errors import ConfigError, boundary
+from agentkd.errors import ConfigError, boundary, first_problem
 from agentkd.first_thought import FirstThoughtConfig
 from agentkd.gate import GateConfig
 from agentkd.rollouts import RunOptions
@@ -58,9 +58,8 @@ def load_teachers(path: Path) -> tuple[TeacherConfig, ...]:
         try:
             teachers.append(TeacherConfig(**row, api_key=key))
         except (ValidationError, TypeError) as exc:
-            first = exc.errors()[0] if isinstance(exc, ValidationError) else {"loc": (), "msg": str(exc)}
-            where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{path}: teacher {number}: {where}: {first['msg']}.", _EXAMPLE) from exc
+            what = first_problem(exc) if isinstance(exc, ValidationError) else str(exc)
+            raise ConfigError(f"{path}: teacher {number}: {what}.", _EXAMPLE) from exc
     if not teachers:
         raise ConfigError(f"{path} names no teachers.", _EXAMPLE)
     return tuple(teachers)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agentkd.errors import ConfigError
+from agentkd.errors import ConfigError, first_problem
 from agentkd.record import read_json
 
 __all__ = ["Student", "check_base", "is_student", "load_student"]
@@ -97,10 +97,8 @@ def load_student(path: Path | str) -> Student:
     try:
         return Student.model_validate({**read_json(folder / "student.json"), "path": folder})
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
-            f"{folder / 'student.json'}: {where}: {first['msg']}.",
+            f"{folder / 'student.json'}: {first_problem(exc)}.",
             "It was written by another version of agentkd.",
         ) from exc
 

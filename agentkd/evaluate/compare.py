@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import random
 from collections import defaultdict
@@ -12,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from agentkd.action import program_key
 from agentkd.errors import DataError
 from agentkd.evaluate.figures import PairedDifference, latest_runs, paired_difference
 from agentkd.record import read_json, read_trajectories
@@ -127,7 +127,7 @@ def step_agreement(teacher: Iterable[Trajectory], student: Iterable[Trajectory])
     for one, other in pairs:
         same["answers"] += one.answer is not None and _text(one.answer) == _text(other.answer)
         same["tools"] += _tools(one) == _tools(other)
-        codes = [[_program(step.code) for step in run.steps] for run in (one, other)]
+        codes = [[step.code and program_key(step.code) for step in run.steps] for run in (one, other)]
         same["first"] += bool(codes[0] and codes[1]) and codes[0][0] == codes[1][0]
         same["steps"] += sum(left == right for left, right in zip(*codes, strict=False))
         steps += len(codes[0])
@@ -147,15 +147,6 @@ def _first_runs(runs: Iterable[Trajectory]) -> dict[str, Trajectory]:
         if not run.stop_reason.is_error:
             kept.setdefault(run.task.id, run)
     return kept
-
-
-def _program(code: str | None) -> str | None:
-    if code is None:
-        return None
-    try:
-        return ast.dump(ast.parse(code))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return code.strip()
 
 
 def _tools(run: Trajectory) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from agentkd.errors import ConfigError, DataError
+from agentkd.errors import ConfigError, DataError, first_problem
 from agentkd.exchange.arrow import DATASETS
 from agentkd.exchange.atif import ATIF
 from agentkd.exchange.chat import CHAT
@@ -320,7 +320,5 @@ def _why(exc: Exception) -> str:
     if isinstance(exc, KeyError):
         return f"no {exc.args[0]!r}"
     if isinstance(exc, ValidationError):
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return f"{where}: {first['msg']}" if where else first["msg"]
+        return first_problem(exc)
     return str(exc) or type(exc).__name__

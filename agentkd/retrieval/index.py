@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ValidationError
 
-from agentkd.errors import ConfigError, RetrievalError
+from agentkd.errors import ConfigError, RetrievalError, first_problem
 from agentkd.retrieval import Hit, Passage
 from agentkd.retrieval.build import IndexBuilder
 from agentkd.retrieval.encoder import Encoder, check_vectors, load_encoder
@@ -94,10 +94,8 @@ class Index:
         try:
             config = IndexConfig(kind=kind, encoder=name, **settings)
         except ValidationError as exc:
-            problem = exc.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"]) or "settings"
             raise ConfigError(
-                f"{where}: {problem['msg']}.", "See agentkd.retrieval.manifest.IndexConfig."
+                f"{first_problem(exc)}.", "See agentkd.retrieval.manifest.IndexConfig."
             ) from exc
         IndexBuilder(Path(folder), given, on_progress).build(passages, config, replace=replace)
         return cls.open(folder, encoder=given)

@@ -23,7 +23,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from agentkd.errors import ConfigError, RetrievalError, StorageError, boundary
+from agentkd.errors import ConfigError, RetrievalError, StorageError, boundary, first_problem
 from agentkd.record import file_hash
 from agentkd.retrieval.ann import AnnKind
 
@@ -189,9 +189,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(content)
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RetrievalError(f"{path}: {where}: {first['msg']}.", _REBUILD) from exc
+        raise RetrievalError(f"{path}: {first_problem(exc)}.", _REBUILD) from exc
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agentkd.errors import AgentkdError, RetrievalError, boundary
+from agentkd.errors import AgentkdError, RetrievalError, boundary, first_problem
 from agentkd.retrieval import Hit, Retriever
 from agentkd.retrieval.wire import write_hits
 
@@ -194,6 +194,4 @@ def _parse(body: bytes) -> RetrieveRequest:
     try:
         return RetrieveRequest.model_validate_json(body)
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise _Refused(422, f"{where}: {first['msg']}" if where else first["msg"]) from exc
+        raise _Refused(422, first_problem(exc)) from exc

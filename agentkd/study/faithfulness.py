@@ -8,13 +8,12 @@ The whole thought, decoded again, is the control that everything is compared wit
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from agentkd.action import parse_action
+from agentkd.action import parse_action, program_key
 from agentkd.engine.render import render_prompt
 from agentkd.errors import AgentkdError, ContextOverflowError, DataError
 from agentkd.prompt import FENCE_OPEN, answer_from_cot, chat_messages
@@ -161,9 +160,4 @@ def _outcome(
         answer = answer_from_cot(text)
         return None if answer is None else normalise(answer)
     code = parse_action(text).code
-    if code is None:
-        return None
-    try:
-        return ast.dump(ast.parse(code))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return code.strip()
+    return None if code is None else program_key(code)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from agentkd.errors import DataError, boundary
+from agentkd.errors import DataError, boundary, first_problem
 from agentkd.task import Task
 from agentkd.taskset.row import check_options, row_task
 
@@ -65,8 +65,6 @@ def _task(path: Path, number: int, line: str, options: Mapping[str, str]) -> Tas
     except json.JSONDecodeError as exc:
         raise DataError(f"{path}, line {number}: not JSON ({exc.msg}).", _HINT) from exc
     except ValidationError as exc:
-        first = exc.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path}, line {number}: {field}: {first['msg']}.", _HINT) from exc
+        raise DataError(f"{path}, line {number}: {first_problem(exc)}.", _HINT) from exc
     except (ValueError, RecursionError) as exc:
         raise DataError(f"{path}, line {number}: {exc}.", _HINT) from exc

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from agentkd.errors import ConfigError, DataError
+from agentkd.errors import ConfigError, DataError, first_problem
 from agentkd.record import file_hash, read_json, read_trajectories, write_jsonl, write_manifest
 from agentkd.trajectory import Trajectory
 from agentkd.transform.means import Answers, Means, Transform
@@ -70,10 +70,8 @@ def make_transform(name: str, settings: Mapping[str, Any] | None = None) -> Tran
     try:
         return make(kind.model_validate(dict(settings or {})))
     except ValidationError as exc:
-        problem = exc.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
         raise ConfigError(
-            f"{name}: {where}: {problem['msg']}.", f"Its settings are {', '.join(kind.model_fields)}."
+            f"{name}: {first_problem(exc)}.", f"Its settings are {', '.join(kind.model_fields)}."
         ) from exc
 
 

@@ -25,7 +25,8 @@ from agentkd.record import AppendLog, read_trajectories, write_jsonl
 from agentkd.recorder import Diverged, NotRecorded, Recorder
 from agentkd.rollout import rollout
 from agentkd.sampler import SamplerConfig, SelfConsistentSampler
-from agentkd.sandbox import open_sandbox
+from agentkd.sandbox import CodeFailure, Outcome, open_sandbox
+from agentkd.sandbox.fork import ForkSandbox
 from agentkd.secret import REDACTED, Redactor
 from agentkd.task import Task
 from agentkd.testing import FakeEndpoint, ScriptedModel
@@ -223,6 +224,41 @@ def test_sampled_actions_go_on_wherever_they_were_cut_off_and_are_replayed(sandb
     assert used == 0
     with pytest.raises(NotRecorded):
         draw(log.past(len(log.calls) - 1), Log(), [], "local", replay=True)
+
+
+class Losing(ForkSandbox):
+    """Loses its session when it is asked to try anything."""
+
+    def try_each(self, *args: Any, **options: Any) -> list[Outcome]:
+        self.close()
+        raise CodeFailure("The session is lost.")
+
+
+@pytest.mark.parametrize(
+    ("sandbox", "said", "uses"), [(ForkSandbox, "took longer", 1), (Losing, "The session is lost.", 0)]
+)
+def test_candidates_that_end_badly_are_replayed_as_such(
+    sandbox: type[ForkSandbox], said: str, uses: int
+) -> None:
+    try:
+        open_sandbox("fork").cleanup()
+    except SandboxError as exc:
+        pytest.skip(exc.message)
+    log, bad = Log(), action("go", "count('apples')\nwhile True: pass")
+
+    def draw(past: Past, where: Any, **options: Any) -> Trajectory:
+        sampler = SelfConsistentSampler(SamplerConfig(n=3, confidence=None))
+        agent = build_agent(Three([bad] * 3), [Measure()], sandbox=where, sampler=sampler, max_steps=1)
+        try:
+            return rollout(agent, TASK, recorder=Recorder("1#0", log, past, **options))
+        finally:
+            agent.cleanup()
+
+    whole = draw(Past(), sandbox(timeout=0.5))
+    assert whole.stop_reason == StopReason.MAX_STEPS
+    assert said in str(whole.steps[0].observation)
+    assert len(whole.steps[0].tool_uses) == uses
+    assert plain(draw(log.past(), "local", replay=True)) == plain(whole)
 
 
 def test_a_replay_asks_nothing_and_runs_nothing() -> None:

@@ -162,7 +162,7 @@ def test_a_student_name_that_is_no_folder_name_is_refused(name: str) -> None:
 def test_a_wrong_training_setting_is_noticed_before_anything_is_run(tmp_path: Path) -> None:
     content = quickstart_recipe("tiny").model_dump()
     content["students"] = {"small": {"kind": "agent", "settings": {"stepz": 3}}}
-    with pytest.raises(ConfigError, match=r"students\.small\.settings\.stepz"):
+    with pytest.raises(ConfigError, match=r"students\.small\.settings: stepz"):
         run_recipe(Recipe.model_validate(content), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
