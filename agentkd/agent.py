@@ -67,6 +67,8 @@ class StepAgent(CodeAgent):
         sampler: how an action is chosen among several; None takes the one that the model gives.
         router: decides at the first step whether tools are used; None leaves it to the prompt.
         mode: which of ``mode_prompts`` the current run is held under; "allowed" but for a router.
+        answers_as_text: an answer leaves ``run`` as text, "" where there is none; to see whether another
+            value is sound, smolagents would import torch where it is installed: seconds, and much memory.
         watch: told of every step twice: when its action is chosen, and when it is over.
         cancelled: True once :meth:`cancel` was called.
         search: finds the passages before the question of a chain of thought (``context``), or None.
@@ -94,6 +96,7 @@ class StepAgent(CodeAgent):
         self.router = router
         self.mode_prompts = mode_prompts
         self.mode: Mode = "allowed"
+        self.answers_as_text = False
         self.watch: Callable[[Step], None] | None = None
         self.cancelled = False
         self.search = search
@@ -279,7 +282,8 @@ class StepAgent(CodeAgent):
         memory_step.observations = shown
         memory_step.action_output = outcome.value
         self._keep(step.model_copy(update={"observation": shown, "is_final": final}))
-        return ActionOutput(output=outcome.value, is_final_answer=final)
+        as_text = final and self.answers_as_text and outcome.value is not None
+        return ActionOutput(output=str(outcome.value) if as_text else outcome.value, is_final_answer=final)
 
     def _fail(
         self,
@@ -302,7 +306,7 @@ class StepAgent(CodeAgent):
     def provide_final_answer(self, task: str) -> ChatMessage:
         """A run that reached its step limit ends as such; a last call is made only when asked for."""
         if not self.force_answer:
-            return ChatMessage(role=MessageRole.ASSISTANT, content=None)
+            return ChatMessage(role=MessageRole.ASSISTANT, content="" if self.answers_as_text else None)
         ask = "No steps are left. Reply with the bare answer only."
         messages = [
             *self._messages(),

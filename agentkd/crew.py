@@ -31,7 +31,7 @@ from agentkd.task import Task
 from agentkd.telemetry import start_telemetry
 from agentkd.trajectory import StopReason, Trajectory
 
-__all__ = ["Crew", "Done", "FaultNote", "Outfit", "Seat", "ThreadCrew", "Work"]
+__all__ = ["Crew", "Done", "FaultNote", "Notice", "Outfit", "Seat", "ThreadCrew", "Work"]
 
 BROKEN_AFTER = 3
 """Provider errors in a row after which a seat rests, when there are others."""
@@ -74,18 +74,20 @@ class Outfit(NamedTuple):
     """Notes a failed call: endpoint, fault, message, seconds until the next try."""
     check: Callable[[], None]
     """Raises when the limits of the run allow no further call."""
+    on_wait: Callable[[str, str, float], None]
+    """Told of each longer wait of all calls: endpoint, why, seconds."""
 
 
 class FaultNote(BaseModel):
-    """One failed call of an endpoint, a line of ``faults-N.jsonl``."""
+    """One failed call of an endpoint, or an answer with impossible counts: a line of ``faults-N.jsonl``."""
 
     at: str
     """UTC, ISO 8601."""
     endpoint: str
     kind: str
-    """"overload", "transient" or "final"."""
+    """"overload", "transient" or "final"; "usage" is an answer with impossible counts."""
     what: str
-    """"429", "timeout", "connection", "garbage"."""
+    """"429", "timeout", "connection", "garbage", "wrong usage"."""
     message: str
     wait: float | None
     """Seconds until it was tried again; None when it was not."""
@@ -113,8 +115,17 @@ class Done(NamedTuple):
     error: BaseException | None = None
 
 
+class Notice(NamedTuple):
+    """What a person should know while it lasts: a fault of an endpoint, or that all its calls wait."""
+
+    endpoint: str
+    text: str
+    wait: float | None = None
+    """Seconds for which the endpoint is not asked; None for a fault."""
+
+
 class Crew(Protocol):
-    """Whoever does the work; results come to the queue that it was made with."""
+    """Whoever does the work; results and notices come to the queue that it was made with."""
 
     capacity: int
     """Rollouts that it can have in flight."""
@@ -173,7 +184,7 @@ class ThreadCrew:
     def __init__(
         self,
         seats: Sequence[Seat],
-        ready: queue.SimpleQueue[Done],
+        ready: queue.SimpleQueue[Done | Notice],
         folder: Path | None,
         *,
         ledger: Ledger,
@@ -194,7 +205,7 @@ class ThreadCrew:
         self._closed = False
         self.capacity = sum(chair.seat.workers for chair in self._chairs)
         start_telemetry()
-        outfit = Outfit(share, self._note_fault, ledger.check)
+        outfit = Outfit(share, self._note_fault, ledger.check, self._note_wait)
         for seat in seats:
             if hasattr(seat.make_agent, "open"):
                 seat.make_agent.open(outfit)
@@ -273,13 +284,20 @@ class ThreadCrew:
             self._log.append(call, wait=wait)
 
     def _note_fault(self, endpoint: str, fault: Fault, message: str, wait: float | None) -> None:
-        if self._faults is not None and not self._closed:
+        if self._closed:
+            return
+        message = self.redactor.text(message)[:500]
+        self.ready.put(Notice(endpoint, f"{fault.what}: {message}" if message else fault.what))
+        if self._faults is not None:
             note = FaultNote(
                 at=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 endpoint=endpoint,
                 kind=fault.kind,
                 what=fault.what,
-                message=self.redactor.text(message)[:500],
+                message=message,
                 wait=wait,
             )
             self._faults.append(note, wait=False)
+
+    def _note_wait(self, endpoint: str, why: str, seconds: float) -> None:
+        self.ready.put(Notice(endpoint, f"{why} {seconds:,.0f} s", seconds))

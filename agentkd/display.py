@@ -115,6 +115,7 @@ class RolloutDisplay:
         self.console = Console(stderr=True)
         self._live = Live(console=self.console, refresh_per_second=4, transient=True)
         self._drawn_at = 0.0
+        self._said = ""
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -136,21 +137,29 @@ class RolloutDisplay:
         if terminal:
             self._live.update(self._view(progress))
         else:
-            self.console.print(self._line(progress), highlight=False, soft_wrap=True, markup=False)
+            line = "; ".join([self._line(progress), *_waits(progress), *self._news(progress)])
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def _view(self, progress: Progress) -> Group:
         bar = ProgressBar(total=max(1, progress.total), completed=progress.done, width=40)
         rows: list[Any] = [bar, Text(self._line(progress))]
+        rows += [Text(line, style="yellow") for line in _waits(progress)]
         if progress.problem:
             rows.append(Text(f"last error: {progress.problem[:200]}", style="red"))
         return Group(*rows)
+
+    def _news(self, progress: Progress) -> list[str]:
+        """The last error, when it was not said before."""
+        problem = " ".join(progress.problem.split())[:200]
+        known, self._said = self._said, problem
+        return [f"last error: {problem}"] if problem and problem != known else []
 
     def _line(self, progress: Progress) -> str:
         rate = progress.new / progress.seconds if progress.seconds else 0.0
         spent = progress.spent
         parts = [
             f"{self.name} {progress.done}/{progress.total}",
-            f"{progress.correct} correct",
+            f"{progress.correct} correct so far",
             f"{progress.in_flight} in flight",
             f"{60 * rate:.0f} a minute",
             f"{spent.tokens} tokens",
@@ -161,6 +170,10 @@ class RolloutDisplay:
         if rate and progress.done < progress.total:
             parts.append(f"{_duration((progress.total - progress.done) / rate)} left")
         return ", ".join(parts)
+
+
+def _waits(progress: Progress) -> list[str]:
+    return [f"{text} ({_duration(left)} left)" for text, left in progress.waits]
 
 
 def _duration(seconds: float) -> str:

@@ -4,8 +4,10 @@ One gate stands before one endpoint and is shared by all threads of a process. I
 calls through at a time as the endpoint bears, found by additive increase and multiplicative
 decrease (Chiu and Jain 1989; slow start as in TCP): more while answers come, less on 429, 503 and
 when more calls only make all of them slower. It keeps to the given requests and tokens a minute,
-waits as long as ``Retry-After`` says, and tries again what may succeed later. All waiting is by
-the monotonic clock, so a jump of the system's clock changes nothing.
+waits as long as ``Retry-After`` says, and tries again what may succeed later. The tokens of a call
+are known when its answer is there, so what calls have taken on average is set aside when one begins,
+and put right when it ends. All waiting is by the monotonic clock, so a jump of the system's clock
+changes nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ LONGEST_PAUSE = 8.0
 """Seconds between two tries of a call that an overloaded endpoint refuses: fewer are in flight by then."""
 LONGEST_RETRY_AFTER = 3600.0
 """Seconds; an endpoint that wants to be left alone for longer is given up."""
+NOTABLE_WAIT = 2.0
+"""Seconds; of a longer wait of all calls somebody is told."""
+MEAN_WEIGHT = 0.1
+"""Of the newest call in the running mean of the tokens of a call."""
 
 
 class GateConfig(BaseModel):
@@ -64,8 +70,8 @@ class GateConfig(BaseModel):
 class Fault(NamedTuple):
     """A failed call, classified."""
 
-    kind: Literal["overload", "transient", "final"]
-    """"overload" and "transient" may pass; "final" will not."""
+    kind: Literal["overload", "transient", "final", "usage"]
+    """"overload" and "transient" may pass; "final" will not; "usage" is an answer with impossible counts."""
     what: str
     """Short name for counting: "429", "timeout", "connection", "garbage"."""
     retry_after: float | None = None
@@ -152,6 +158,7 @@ class _Allowance:
         return max(0.0, -self.left / self.rate) if self.left < 0 else 0.0
 
     def take(self, units: float) -> None:
+        """Use so many; fewer than none gives back."""
         self.left -= units
 
 
@@ -165,6 +172,7 @@ class Gate:
         on_fault: told of every failed call: the fault, its message, and the seconds until the next
             try (None: there is none).
         check: raises when no call may be made any more; asked before each try, and while waiting.
+        on_wait: told of each longer wait of all calls: why, and its seconds.
     """
 
     def __init__(
@@ -175,10 +183,12 @@ class Gate:
         name: str = "",
         on_fault: Callable[[Fault, str, float | None], None] | None = None,
         check: Callable[[], None] | None = None,
+        on_wait: Callable[[str, float], None] | None = None,
     ) -> None:
         self.config = config
         self.name = name
         self.on_fault = on_fault
+        self._on_wait = on_wait or (lambda why, seconds: None)
         self._check = check or (lambda: None)
         self.level = Level(config.max_in_flight)
         self.in_flight = 0
@@ -189,40 +199,52 @@ class Gate:
         now = time.monotonic()
         self._requests = config.requests_per_minute and _Allowance(config.requests_per_minute, now)
         self._tokens = config.tokens_per_minute and _Allowance(config.tokens_per_minute, now)
+        self._mean_tokens: float | None = None
+        self._told_until = 0.0
 
-    def call(self, send: Callable[[], T], tokens: Callable[[T], int] | None = None) -> T:
+    def call(
+        self,
+        send: Callable[[], T],
+        tokens: Callable[[T], int | None] | None = None,
+        guess: Callable[[], int] | None = None,
+    ) -> T:
         """Send when it may be sent, and again when it may succeed later.
 
         Args:
             send: one try; called without any lock.
-            tokens: how many tokens an answer was, for the limit a minute.
+            tokens: how many tokens an answer was, for the limit a minute; None where nobody counted.
+            guess: how many it may become, as long as no answer was counted.
 
         Raises:
             Exception: what the last try raised, or ``check``.
         """
         tries, refusals, waited = 0, 0, 0.0
         while True:
-            self._enter()
+            reserved = self._enter(guess)
             began = time.monotonic()
             try:
                 answer = send()
             except Exception as exc:
                 fault = self._classify(exc)
-                self._leave(began, None, fault)
+                self._leave(began, reserved, 0, fault)
                 tries += fault.kind != "overload"
                 refusals += fault.kind == "overload"
                 pause = self._pause(fault, tries, refusals, waited)
-                self.faults[fault.what] += 1
-                if self.on_fault is not None:
-                    self.on_fault(fault, str(exc), pause)
+                self.note(fault, str(exc), pause)
                 if pause is None:
                     raise
                 if fault.retry_after is None:
                     waited += pause + (time.monotonic() - began)
                 self._sleep(pause)
             else:
-                self._leave(began, tokens(answer) if tokens else 0, None)
+                self._leave(began, reserved, tokens(answer) if tokens else 0, None)
                 return answer
+
+    def note(self, fault: Fault, message: str, wait: float | None = None) -> None:
+        """Count a fault, and tell of it."""
+        self.faults[fault.what] += 1
+        if self.on_fault is not None:
+            self.on_fault(fault, message, wait)
 
     def _pause(self, fault: Fault, tries: int, refusals: int, waited: float) -> float | None:
         """Seconds until the next try, or None when there is none."""
@@ -235,16 +257,12 @@ class Gate:
         steps, longest = (tries, LONGEST_BACKOFF) if fault.kind == "transient" else (refusals, LONGEST_PAUSE)
         return random.uniform(0.5, 1.0) * min(longest, FIRST_BACKOFF * 2.0 ** min(steps, 10))
 
-    def _enter(self) -> None:
+    def _enter(self, guess: Callable[[], int] | None) -> float:
+        """Wait until a call may begin; returns the tokens that are set aside for it."""
         with self._changed:
             while True:
                 self._check()
-                now = time.monotonic()
-                wait = max(
-                    self._closed_until - now,
-                    self._requests.wait(now) if self._requests else 0.0,
-                    self._tokens.wait(now) if self._tokens else 0.0,
-                )
+                wait = self._wait(time.monotonic())
                 if wait <= 0 and self.in_flight < self.level.now:
                     break
                 # Woken by an answer; but a time that was waited for does not wake anybody.
@@ -252,8 +270,28 @@ class Gate:
             self.in_flight += 1
             if self._requests:
                 self._requests.take(1)
+            if not self._tokens:
+                return 0.0
+            reserved = self._mean_tokens
+            if reserved is None:
+                reserved = float(guess()) if guess else 0.0
+            self._tokens.take(reserved)
+            return reserved
 
-    def _leave(self, began: float, tokens: int | None, fault: Fault | None) -> None:
+    def _wait(self, now: float) -> float:
+        """Seconds until the endpoint may be asked again, by what it and the limits say."""
+        waits = {
+            "asks to wait": self._closed_until - now,
+            "is at its limit of requests a minute for": self._requests.wait(now) if self._requests else 0.0,
+            "is at its limit of tokens a minute for": self._tokens.wait(now) if self._tokens else 0.0,
+        }
+        why, wait = max(waits.items(), key=lambda item: item[1])
+        if wait > NOTABLE_WAIT and now + wait > self._told_until + 1.0:
+            self._told_until = now + wait
+            self._on_wait(why, wait)
+        return wait
+
+    def _leave(self, began: float, reserved: float, tokens: int | None, fault: Fault | None) -> None:
         with self._changed:
             now = time.monotonic()
             full = self.in_flight >= self.level.now
@@ -264,8 +302,12 @@ class Gate:
                 self.level.overloaded(began, now)
                 if fault.retry_after is not None and fault.retry_after <= LONGEST_RETRY_AFTER:
                     self._closed_until = max(self._closed_until, now + fault.retry_after)
-            if self._tokens and tokens:
-                self._tokens.take(tokens)
+                    self._wait(now)
+            if self._tokens and tokens is not None:  # else what was set aside is the best that is known
+                self._tokens.take(tokens - reserved)
+                if fault is None:
+                    mean = tokens if self._mean_tokens is None else self._mean_tokens
+                    self._mean_tokens = mean + MEAN_WEIGHT * (tokens - mean)
             self._changed.notify(2 if self.in_flight + 1 < self.level.now else 1)
 
     def _sleep(self, seconds: float) -> None:

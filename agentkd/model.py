@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +12,35 @@ from agentkd.gate import Fault, Gate, GateConfig
 from agentkd.trajectory import Usage
 
 if TYPE_CHECKING:
+    import openai
     from smolagents import OpenAIModel
     from smolagents.models import ChatMessage
 
 __all__ = ["check_endpoint", "fault_of", "openai_model", "provider_error", "token_usage"]
+
+_CONTEXT = re.compile(
+    r"(?:\b|_)context[ _-]?(?:length|window|size|limit)(?:\b|_)|\bmaximum (?:context|model length)",
+    re.IGNORECASE,
+)
+_PASSED = re.compile(
+    r"exceed|too (?:long|large|big|many)|longer than|maximum|at most|less than|does(?: not|n't) fit|overflow"
+    r"|reduce|shorten",
+    re.IGNORECASE,
+)
+_TOO_LONG = re.compile(
+    r"\b(?:prompt|input|request|conversation)s?\b[^.\n]{0,40} too long\b"
+    r"|\btoo many (?:input |prompt )?tokens\b"
+    r"|\binput(?:s`?)?[ _](?:tokens?|length)\b[^.\n]{0,80}(?:exceed|must be (?:<|less|at most))"
+    r"|\binputs`? must have less than",
+    re.IGNORECASE,
+)
+_RATE = re.compile(
+    r"\bper[ -](?:second|minute|hour|day|month)\b|/min\b|rate[ _-]?limit|\b[RT]P[MD]\b|quota"
+    r"|(?:wait|retry|try again) (?:before|later|in|after)\b|try again later|too many requests",
+    re.IGNORECASE,
+)
+"""Servers agree on no code for a conversation that is too long, so their words are read; limits of rate
+use some of the same."""
 
 
 def openai_model(
@@ -59,9 +86,7 @@ def provider_error(exc: Exception) -> AgentkdError:
     text = str(exc)
     if isinstance(exc, AgentkdError):
         return exc
-    if isinstance(exc, openai.BadRequestError) and (
-        getattr(exc, "code", None) == "context_length_exceeded" or "context length" in text
-    ):
+    if isinstance(exc, openai.APIStatusError) and exc.status_code in (400, 413, 422) and _too_long(exc):
         return ContextOverflowError("The conversation no longer fits the model's context.")
     if isinstance(exc, UnicodeEncodeError) and exc.encoding == "ascii":
         return ConfigError("The key has characters that cannot be sent.", "Check --api-key, OPENAI_API_KEY.")
@@ -81,6 +106,17 @@ def provider_error(exc: Exception) -> AgentkdError:
         f"The endpoint's answer is not a chat completion ({type(exc).__name__}: {text[:300]}).",
         "Check --api-base: it must be an OpenAI-compatible endpoint, ending in /v1.",
     )
+
+
+def _too_long(exc: openai.APIStatusError) -> bool:
+    """Whether an error says that the conversation does not fit the model's context."""
+    body = exc.body if isinstance(exc.body, dict) else {"message": exc.body}
+    # Not the whole body: some servers repeat the conversation in it.
+    said = [str(exc), exc.code, exc.type, *(body.get(name) for name in ("message", "detail", "error"))]
+    text = " ".join(part for part in said if isinstance(part, str))
+    if _RATE.search(text):
+        return False
+    return bool(_TOO_LONG.search(text) or (_CONTEXT.search(text) and _PASSED.search(text)))
 
 
 def fault_of(exc: Exception) -> Fault:
@@ -115,11 +151,16 @@ def _retry_after(headers: Any) -> float | None:
         seconds = float(value)
     except ValueError:
         try:
-            then, now = parsedate_to_datetime(value), parsedate_to_datetime(headers["date"])
+            seconds = (_date(value) - _date(headers["date"])).total_seconds()
         except (KeyError, TypeError, ValueError):
             return None
-        seconds = (then - now).total_seconds()
     return seconds if 0 < seconds < float("inf") else None
+
+
+def _date(text: str) -> datetime:
+    """A date of a header; one that names no zone is UTC."""
+    date = parsedate_to_datetime(text)
+    return date if date.tzinfo is not None else date.replace(tzinfo=UTC)
 
 
 def token_usage(answer: ChatMessage) -> Usage:

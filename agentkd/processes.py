@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agentkd.calls import Past
-from agentkd.crew import Done, Seat, ThreadCrew, Work
+from agentkd.crew import Done, Notice, Seat, ThreadCrew, Work
 from agentkd.errors import AgentkdError
 from agentkd.spend import Ledger
 from agentkd.trajectory import Trajectory
@@ -43,7 +43,7 @@ class ProcessCrew:
         self,
         count: int,
         seats: Sequence[Seat],
-        ready: queue.SimpleQueue[Done],
+        ready: queue.SimpleQueue[Done | Notice],
         folder: Path | None,
         *,
         ledger: Ledger,
@@ -82,7 +82,7 @@ class _Member:
         self._process.start()
         theirs.close()
 
-    def start(self, ready: queue.SimpleQueue[Done]) -> int:
+    def start(self, ready: queue.SimpleQueue[Done | Notice]) -> int:
         """Wait until it is ready; returns its capacity."""
         try:
             first = self._pipe.recv()
@@ -98,12 +98,16 @@ class _Member:
             self.doing[work.id] = work
         self._pipe.send(work)
 
-    def _listen(self, ready: queue.SimpleQueue[Done]) -> None:
+    def _listen(self, ready: queue.SimpleQueue[Done | Notice]) -> None:
         while True:
             try:
-                name, line, past, error = self._pipe.recv()
+                message = self._pipe.recv()
             except (EOFError, OSError):
                 break
+            if isinstance(message, Notice):
+                ready.put(message)
+                continue
+            name, line, past, error = message
             with self._lock:
                 work = self.doing.pop(name)
             trajectory = Trajectory.model_validate_json(line) if line is not None else None
@@ -130,7 +134,7 @@ class _Member:
 def _work(pipe: Any, seats: list[Seat], folder: Path | None, options: dict[str, Any]) -> None:
     """The process: hand work from the pipe to threads, and results back."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    ready: queue.SimpleQueue[Done] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[Done | Notice] = queue.SimpleQueue()
     try:
         crew = ThreadCrew(seats, ready, folder, **options)
     except AgentkdError as exc:
@@ -152,16 +156,23 @@ def _work(pipe: Any, seats: list[Seat], folder: Path | None, options: dict[str, 
         os._exit(0)  # at once: threads may still wait for an endpoint
 
 
-def _report(pipe: Any, ready: queue.SimpleQueue[Done]) -> None:
+def _report(pipe: Any, ready: queue.SimpleQueue[Done | Notice]) -> None:
     while True:
-        done = ready.get()
-        line = done.trajectory.model_dump_json() if done.trajectory is not None else None
-        failed = done.trajectory is None or done.trajectory.stop_reason.is_error
-        past = done.past if failed else Past()  # only a retry needs it
-        error = done.error
-        if error is not None and not isinstance(error, AgentkdError):
-            error = AgentkdError(f"{type(error).__name__}: {error}")  # which any process can read
+        message = _message(ready.get())
         try:
-            pipe.send((done.work.id, line, past, error))
+            pipe.send(message)
         except OSError:
             return
+
+
+def _message(done: Done | Notice) -> Any:
+    """As it is sent: a notice as it is, a result as ``(id, line, past, error)``."""
+    if isinstance(done, Notice):
+        return done
+    line = done.trajectory.model_dump_json() if done.trajectory is not None else None
+    failed = done.trajectory is None or done.trajectory.stop_reason.is_error
+    past = done.past if failed else Past()  # only a retry needs it
+    error = done.error
+    if error is not None and not isinstance(error, AgentkdError):
+        error = AgentkdError(f"{type(error).__name__}: {error}")  # which any process can read
+    return done.work.id, line, past, error

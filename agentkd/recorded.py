@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from agentkd.calls import Call
+from agentkd.endpoint import CHARACTERS_PER_TOKEN, as_object
 from agentkd.errors import AgentkdError, ContextOverflowError
 from agentkd.model import provider_error, token_usage
 from agentkd.recorder import Diverged, NotRecorded, Recorder
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from smolagents.models import ChatMessage
 
 __all__ = ["RecordedModel", "RecordedSandbox", "RecordedTool"]
-
-CHARACTERS_PER_TOKEN = 4
-"""For the tokens of servers that do not count."""
 
 
 def _fingerprint(*asked: Any) -> str:
@@ -153,13 +151,6 @@ def _as_json(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
-def _as_object(value: Any) -> Any:
-    """JSON with attributes, as clients hand it out."""
-    if isinstance(value, dict):
-        return SimpleNamespace(**{key: _as_object(item) for key, item in value.items()})
-    return [_as_object(item) for item in value] if isinstance(value, list) else value
-
-
 def _message(call: Call) -> ChatMessage:
     from smolagents.models import ChatMessage, MessageRole
     from smolagents.monitoring import TokenUsage
@@ -168,7 +159,7 @@ def _message(call: Call) -> ChatMessage:
     return ChatMessage(
         role=MessageRole.ASSISTANT,
         content=call.answer["content"],
-        raw=_as_object(call.answer["raw"]),
+        raw=as_object(call.answer["raw"]),
         token_usage=None
         if usage.uncounted_calls
         else TokenUsage(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens),

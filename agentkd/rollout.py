@@ -51,7 +51,7 @@ def rollout(
         StorageError: the log cannot be written.
     """
     began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="milliseconds")
-    agent.records, agent.context = [], None
+    agent.records, agent.context, agent.answers_as_text = [], None, True
     agent.deadline = began + max_seconds if max_seconds is not None else None
     if recorder:
         recorder.begin(config or {}, labels or {})
@@ -137,7 +137,7 @@ def _run(
         return text, StopReason.FINAL_ANSWER, None
     if agent.kind == "cot":
         return None, StopReason.OUTPUT_LIMIT if _cut_off(last) else StopReason.NO_ANSWER, None
-    return text, StopReason.MAX_STEPS, None
+    return text if agent.force_answer else None, StopReason.MAX_STEPS, None
 
 
 def _cut_off(last: Any) -> bool:

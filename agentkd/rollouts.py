@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,9 +26,17 @@ from agentkd.trajectory import StopReason, Trajectory
 
 if TYPE_CHECKING:
     from agentkd.agent import StepAgent
-    from agentkd.crew import Crew, Done, Seat, Work
+    from agentkd.crew import Crew, Done, Notice, Seat, Work
 
-__all__ = ["Progress", "RunOptions", "RunResult", "finished_rollouts", "run_rollouts", "run_seats"]
+__all__ = [
+    "Progress",
+    "RunOptions",
+    "RunResult",
+    "count_left",
+    "finished_rollouts",
+    "run_rollouts",
+    "run_seats",
+]
 
 GIVE_UP_AFTER = 10
 """Provider errors in a row, with nothing finished in between, before a run is given up."""
@@ -80,7 +88,9 @@ class Progress(NamedTuple):
     seconds: float = 0.0
     """Since this start."""
     problem: str = ""
-    """The last error."""
+    """The last error, of a rollout or of a call that was tried again."""
+    waits: tuple[tuple[str, float], ...] = ()
+    """Endpoints that are not asked for a while, in words, and the seconds that are left of it."""
 
 
 class RunResult(NamedTuple):
@@ -98,6 +108,21 @@ class RunResult(NamedTuple):
 def finished_rollouts(log: Path) -> dict[str, Trajectory]:
     """What stands in an append-only file already, by id; empty when there is none."""
     return {item.id: item for item in read_trajectories(log)} if log.is_file() else {}
+
+
+def count_left(
+    tasks: Sequence[Task], finished: Mapping[str, Trajectory], samples: int, enough: int | None
+) -> int:
+    """Rollouts that are still to be done, without those that enough correct ones spare.
+
+    Args:
+        tasks: all of the run.
+        finished: by id.
+        samples, enough: see :class:`RunOptions`.
+    """
+    correct = Counter(item.task.id for item in finished.values() if item.correct)
+    todo = [task.id for task in tasks if enough is None or correct[task.id] < enough]
+    return sum(f"{name}#{sample}" not in finished for name in todo for sample in range(samples))
 
 
 def run_rollouts(
@@ -180,7 +205,11 @@ def run_seats(
 
 
 def _crew(
-    seats: Sequence[Seat], ready: queue.SimpleQueue[Done], folder: Path, options: RunOptions, ledger: Ledger
+    seats: Sequence[Seat],
+    ready: queue.SimpleQueue[Done | Notice],
+    folder: Path,
+    options: RunOptions,
+    ledger: Ledger,
 ) -> Crew:
     from agentkd.crew import ThreadCrew
     from agentkd.processes import ProcessCrew
@@ -208,7 +237,7 @@ class _Run:
 
         self.options, self.ledger, self.log, self.out = options, ledger, log, out
         self.on_progress = on_progress
-        self.ready: queue.SimpleQueue[Done] = queue.SimpleQueue()
+        self.ready: queue.SimpleQueue[Done | Notice] = queue.SimpleQueue()
         self.finished = finished_rollouts(out)
         past = self._read_log() if options.log_calls else {}
         works = [
@@ -217,13 +246,12 @@ class _Run:
             for sample in range(options.samples)
         ]
         self.wanted: Sequence[Work] = works
-        # All first samples before any second one, so that enough correct ones can spare the others.
-        self.todo = deque(
-            sorted((w for w in works if w.id not in self.finished), key=lambda work: work.sample)
-        )
         kept = [self.finished[work.id] for work in works if work.id in self.finished]
         self.correct = Counter(item.task.id for item in kept if item.correct)
-        self.done, self.total = len(kept), len(works)
+        # All first samples before any second one, so that enough correct ones can spare the others.
+        todo = [work for work in works if work.id not in self.finished and not self._spared(work)]
+        self.todo = deque(sorted(todo, key=lambda work: work.sample))
+        self.done, self.total = len(kept), len(kept) + len(todo)
         self.all_correct = sum(self.correct.values())
         self.finished_now = 0
         self.failed: dict[str, Trajectory] = {}
@@ -233,6 +261,7 @@ class _Run:
         self.stopped: str | None = None
         self.latest: Trajectory | None = None
         self.problem = ""
+        self.waits: dict[str, tuple[str, float]] = {}
         self.began = time.monotonic()
         self._synced_at = self.began
 
@@ -249,6 +278,8 @@ class _Run:
 
     def work(self, crew: Crew, workers: int) -> None:
         """Hand out all work and take all results."""
+        from agentkd.crew import Done
+
         give_up = max(GIVE_UP_AFTER, 2 * workers)
         try:
             self._tell()
@@ -261,6 +292,9 @@ class _Run:
                 except queue.Empty:
                     self._tell()
                     continue
+                if not isinstance(done, Done):
+                    self._hear(done)
+                    continue
                 self._take(done)
                 if self.in_a_row >= give_up:
                     raise ProviderError(
@@ -272,22 +306,34 @@ class _Run:
             self.ledger.stop()
             while not self.ready.empty():
                 done = self.ready.get()
-                if done.trajectory is not None and not done.trajectory.stop_reason.is_error:
+                if isinstance(done, Done) and done.trajectory and not done.trajectory.stop_reason.is_error:
                     self._take(done)
             raise
         finally:
             crew.close()
+
+    def _spared(self, work: Work) -> bool:
+        """Whether enough rollouts of its task are correct."""
+        return self.options.enough is not None and self.correct[work.task.id] >= self.options.enough
 
     def _fill(self, crew: Crew) -> None:
         if self.todo and self.stopped is None:
             self.stopped = self.ledger.reached()
         while self.todo and self.stopped is None and self.open < crew.capacity:
             work = self.todo.popleft()
-            if self.options.enough is not None and self.correct[work.task.id] >= self.options.enough:
+            if self._spared(work):
                 self.total -= 1
                 continue
             self.open += 1
             crew.submit(work)
+
+    def _hear(self, notice: Notice) -> None:
+        text = f"{notice.endpoint} {notice.text}"
+        if notice.wait is None:
+            self.problem = text
+        else:
+            self.waits[notice.endpoint] = text, time.monotonic() + notice.wait
+        self._tell()
 
     def _take(self, done: Done) -> None:
         self.open -= 1
@@ -324,6 +370,7 @@ class _Run:
         self.retried.pop(trajectory.id, None)
 
     def _tell(self) -> None:
+        now = time.monotonic()
         self.on_progress(
             Progress(
                 done=self.done,
@@ -334,8 +381,9 @@ class _Run:
                 in_flight=self.open,
                 spent=self.ledger.spent(),
                 new=self.finished_now,
-                seconds=time.monotonic() - self.began,
+                seconds=now - self.began,
                 problem=self.problem,
+                waits=tuple((text, until - now) for text, until in self.waits.values() if until > now),
             )
         )
 

@@ -92,6 +92,7 @@ class FakeEndpoint:
     Attributes:
         url: ends in ``/v1``.
         requests: the bodies it received.
+        headers: those of each request, their names in small letters.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class FakeEndpoint:
         usage: bool = True,
     ) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -115,6 +117,7 @@ class FakeEndpoint:
                 if len(data) < length:
                     raise ConnectionResetError("the client has gone")
                 body = json.loads(data)
+                endpoint.headers.append({name.lower(): text for name, text in self.headers.items()})
                 endpoint.requests.append(body)
                 answer = reply(body["messages"])
                 if isinstance(answer, str):
@@ -127,7 +130,8 @@ class FakeEndpoint:
                     self._send(*answer)
 
             def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
-                self.send_response(status)
+                dated = headers is not None and "date" in map(str.lower, headers)
+                (self.send_response_only if dated else self.send_response)(status)
                 for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))

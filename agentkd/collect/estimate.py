@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from agentkd import prompt as prompts
 from agentkd.collect.config import CollectConfig
+from agentkd.rollouts import count_left
 from agentkd.spend import Price
 from agentkd.task import Task
 from agentkd.trajectory import Trajectory, Usage
@@ -57,7 +58,7 @@ def estimate(
         finished: what the run has already; three of them are enough to go by.
         to_think: chains of thought that first thoughts are still to be taken from.
     """
-    left = max(0, len(tasks) * config.samples - len(finished))
+    left = count_left(tasks, {item.id: item for item in finished}, config.samples, config.enough)
     if len(finished) >= ENOUGH_MEASURED:
         usage = sum((item.usage for item in finished), Usage())
         count = len(finished)

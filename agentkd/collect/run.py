@@ -21,7 +21,8 @@ from agentkd.first_thought import (
 from agentkd.gate import Gate
 from agentkd.model import check_endpoint, fault_of
 from agentkd.record import iter_jsonl, write_manifest
-from agentkd.rollouts import Progress, RunOptions, finished_rollouts, run_seats
+from agentkd.rollouts import Progress, RunOptions, count_left, finished_rollouts, run_seats
+from agentkd.sandbox import start_sandbox
 from agentkd.scorer import check_scorers
 from agentkd.spend import Ledger, Price, Spent, published_price
 from agentkd.task import Task
@@ -48,7 +49,7 @@ class Collected(NamedTuple):
     unpriced: tuple[str, ...] = ()
     """Models without a price: they cost ``spent.seconds`` and are not in ``spent.cost``."""
     faults: dict[str, int] = {}
-    """Failed calls of endpoints over all starts, by what they were."""
+    """Failed calls of endpoints, and answers with impossible counts, over all starts, by what they were."""
     stopped: str | None = None
     """The limit that ended the run early, in words."""
     first_thoughts: FirstThoughts | None = None
@@ -85,7 +86,7 @@ def collect(
         check_scorers(tasks)
         prices = price_table(config)
         wanted = len(tasks) * config.samples
-        unfinished = _finished(out / "trajectories.jsonl") < wanted
+        unfinished = _unfinished(config, tasks, out / "trajectories.jsonl")
         if unfinished:
             _check_endpoints(config.everyone())
         begin(config, out, every, corpus)  # only now: a mistake above must not bind the folder to it
@@ -207,11 +208,14 @@ def _first_thoughts(
     return collect_first_thoughts(tasks, agents, config.first_thought, out, run)
 
 
-def _finished(log: Path) -> int:
+def _unfinished(config: CollectConfig, tasks: Sequence[Task], log: Path) -> bool:
+    """Whether anything is left to do; a run that is finished needs no living endpoint."""
     if not log.is_file():
-        return 0
+        return True
+    if config.enough is not None:
+        return count_left(tasks, finished_rollouts(log), config.samples, config.enough) > 0
     with log.open("rb") as file:
-        return sum(line.endswith(b"\n") for line in file)
+        return sum(line.endswith(b"\n") for line in file) < len(tasks) * config.samples
 
 
 def _seat(config: CollectConfig, teacher: TeacherConfig, out: Path) -> Seat:
@@ -248,7 +252,10 @@ class _Agents:
             name=name,
             on_fault=lambda fault, message, wait: outfit.on_fault(name, fault, message, wait),
             check=outfit.check,
+            on_wait=lambda why, seconds: outfit.on_wait(name, why, seconds),
         )
+        if self.agent.kind == "agent":
+            start_sandbox(self.agent.sandbox, imports=self.agent.imports)  # before there are threads
         tools = search_tools(stored_retriever(self.out), self.agent)
         make = agent_factory(self.agent, tools, gate=gate, temperatures=self.temperatures)
         thoughts = load_first_thoughts(self.out) if self.given else None

@@ -285,7 +285,7 @@ def _say(done: Collected) -> None:
         print(f"{usage.uncounted_calls} calls came without token counts.")
     if faults:
         kinds = ", ".join(f"{count} x {what}" for what, count in done.faults.items())
-        print(f"{faults} failed calls ({kinds}), see {done.folder}/faults-*.jsonl")
+        print(f"{faults} faults of endpoints ({kinds}), see {done.folder}/faults-*.jsonl")
     if done.stopped:
         print(f"Stopped at {done.stopped}; {done.missing} rollouts are left for the same command.")
     elif done.missing:

@@ -25,6 +25,7 @@ __all__ = [
     "Outcome",
     "Sandbox",
     "open_sandbox",
+    "start_sandbox",
 ]
 
 BACKENDS = ("fork", "e2b", "docker", "local")
@@ -168,3 +169,19 @@ def open_sandbox(
 
         return LocalSandbox(imports=imports, timeout=timeout)
     raise ConfigError(f"Unknown sandbox {backend!r}.", f"Known: {', '.join(BACKENDS)}.")
+
+
+def start_sandbox(backend: str | None = None, *, imports: Sequence[str] = ()) -> None:
+    """Start what the sessions of this process share, so that the first ones need not wait for it.
+
+    Args:
+        backend, imports: as :func:`open_sandbox` takes them. Only "fork" shares something: its zygote.
+
+    Raises:
+        SandboxError: it is not available here, or does not start.
+    """
+    if (backend or DEFAULT_BACKEND) == "fork":
+        from agentkd.sandbox.isolation import module_paths
+        from agentkd.sandbox.zygotes import zygote_for
+
+        zygote_for(None, module_paths(tuple(imports)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,34 @@ def test_parsing_names_its_repairs(text: str, code: str, repairs: tuple[str, ...
 
 def test_text_without_code_is_no_action() -> None:
     assert parse_action("Thought: I wonder").code is None
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [("final_answer(7)", "7"), ("final_answer([1.5])", "[1.5]"), ("final_answer('')", ""), ("x = 1", None)],
+)
+def test_no_answer_costs_an_import_of_torch(
+    run: Any, monkeypatch: pytest.MonkeyPatch, code: str, answer: str | None
+) -> None:
+    """smolagents asks torch whether a value that is no text is sound."""
+    imported, real = set[str](), builtins.__import__
+
+    def noting(name: str, *rest: Any, **options: Any) -> Any:
+        imported.add(name.partition(".")[0])
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", noting)
+    record = run([action("one", code)], max_steps=1, sandbox="local")
+    monkeypatch.undo()
+    assert record.answer == answer
+    assert record.stop_reason == (StopReason.MAX_STEPS if answer is None else StopReason.FINAL_ANSWER)
+    assert imported
+    assert "torch" not in imported
+
+
+def test_no_answer_at_all_may_be_the_answer(run: Any) -> None:
+    record = run([action("one", "final_answer(None)")])
+    assert (record.answer, record.stop_reason) == (None, StopReason.FINAL_ANSWER)
 
 
 def test_state_stays_between_steps_and_the_answer_is_scored(run: Any) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 
 from agentkd.agent_config import AgentConfig
 from agentkd.collect import CollectConfig, collect
-from agentkd.errors import ConfigError, DataError, ProviderError
+from agentkd.errors import ConfigError, DataError, ProviderError, SandboxError
 from agentkd.filter import FilterConfig, filter_run
 from agentkd.record import read_json, read_trajectories, write_jsonl
+from agentkd.sandbox import isolation, zygotes
 from agentkd.task import Task
 from agentkd.testing import FakeEndpoint
 from agentkd.trajectory import StopReason
@@ -81,6 +83,31 @@ def test_what_is_finished_is_not_asked_again(tasks: Path, tmp_path: Path) -> Non
         endpoint.requests.clear()
         collect(config(tasks, endpoint.url), tmp_path / "run")
         assert endpoint.requests == []
+
+
+def test_the_sandbox_is_started_before_the_workers(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        isolation.choose()
+    except SandboxError as exc:
+        pytest.skip(str(exc))
+    zygotes._stop()
+    before, started, start = set(threading.enumerate()), list[Any](), zygotes.Zygote._start
+
+    def noting(self: zygotes.Zygote, settings: dict[str, Any]) -> None:
+        workers = [thread for thread in threading.enumerate() if thread.name.startswith("rollout-")]
+        started.append((threading.current_thread(), set(workers) - before))
+        start(self, settings)
+
+    monkeypatch.setattr(zygotes.Zygote, "_start", noting)
+    with FakeEndpoint(teacher) as endpoint:
+        thinking = config(tasks, endpoint.url)
+        agent = thinking.agent.model_copy(update={"kind": "cot"})
+        collect(thinking.model_copy(update={"agent": agent}), tmp_path / "thoughts")
+        assert started == [], "a chain of thought runs no code"
+        collect(config(tasks, endpoint.url), tmp_path / "run")
+    assert started == [(threading.main_thread(), set())]
 
 
 def test_an_errored_rollout_is_not_done(tasks: Path, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,9 +23,12 @@ from agentkd.crew import FaultNote
 from agentkd.errors import ConfigError, DataError, ProviderError, StorageError
 from agentkd.gate import GateConfig
 from agentkd.record import AppendLog, iter_jsonl, read_trajectories, write_jsonl
+from agentkd.rollouts import Progress
+from agentkd.spend import Budget
 from agentkd.task import Task
 from agentkd.testing import FakeEndpoint
 from agentkd.trajectory import StopReason
+from tests.attack.ordinary_user import command, missing
 from tests.conftest import action
 
 
@@ -80,6 +86,8 @@ FAULTS = [
     (200, b'{"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}'),
     cut,
 ]
+NAMES = ["500", "429", "503", "garbage", "garbage", "connection"]
+"""What they are noted as."""
 
 
 def test_every_kind_of_fault_is_survived_and_accounted_for(tmp_path: Path) -> None:
@@ -88,34 +96,51 @@ def test_every_kind_of_fault_is_survived_and_accounted_for(tmp_path: Path) -> No
         done = collect(config(tmp_path, endpoint.url, 14, attempts=5), tmp_path / "run")
     assert done.missing == 0
     assert set(faulty.answered.values()) == {1}, "what was answered is not asked again"
-    assert sum(done.faults.values()) == len(notes(tmp_path / "run")) == faulty.injected
+    injected = Counter(NAMES[number % len(NAMES)] for number in range(faulty.injected))
+    assert done.faults == injected == Counter(note.what for note in notes(tmp_path / "run"))
     assert {note.kind for note in notes(tmp_path / "run")} == {"overload", "transient"}
 
 
 @pytest.mark.slow
 def test_five_thousand_trajectories_with_a_tenth_of_all_calls_failing(tmp_path: Path) -> None:
-    chance, lock = random.Random(5), threading.Lock()
+    chance, lock, over = random.Random(5), threading.Lock(), threading.Event()
     injected, answered = Counter[str](), Counter[tuple[str, int]]()
+
+    def hang() -> Any:
+        over.wait(8)
+        raise ConnectionResetError
+
+    def drawn() -> Any:
+        """One call in ten fails; one failure in sixty is a silence, which costs a worker five seconds."""
+        if chance.random() >= 0.1:
+            return None
+        if chance.random() < 1 / 60:
+            injected["timeout"] += 1
+            return hang
+        number = chance.randrange(len(FAULTS))
+        injected[NAMES[number]] += 1
+        return FAULTS[number]
 
     def reply(messages: list[dict[str, Any]]) -> Any:
         if len(messages) == 1:
             return "ok"
         with lock:
-            if chance.random() < 0.1:
-                number = chance.randrange(len(FAULTS))
-                injected[str(number)] += 1
-                fault: Any = FAULTS[number]
-                return fault() if callable(fault) else fault
-            answered[messages[1]["content"], len(messages)] += 1
-        return teacher(messages)
+            fault = drawn()
+            if fault is None:
+                answered[messages[1]["content"], len(messages)] += 1
+                return teacher(messages)
+        return fault() if callable(fault) else fault
 
     with FakeEndpoint(reply) as endpoint:
-        done = collect(config(tmp_path, endpoint.url, 5000, workers=32, attempts=5), tmp_path / "run")
+        settings = {"workers": 32, "attempts": 5, "timeout": 5.0}
+        done = collect(config(tmp_path, endpoint.url, 5000, **settings), tmp_path / "run")
+        over.set()
     kept = read_trajectories(tmp_path / "run" / "trajectories.jsonl")
     print(f"{sum(injected.values())} faults injected, {done.faults} noted, {done.spent.calls} calls")
     assert len({item.id for item in kept}) == len(kept) == 5000
     assert all(item.correct for item in kept)
-    assert sum(done.faults.values()) == sum(injected.values())
+    assert done.faults == injected, "each fault, by its kind"
+    assert injected["timeout"] > 3
     assert set(answered.values()) == {1}
     assert done.spent.calls == len(answered) == 10_000
 
@@ -139,6 +164,110 @@ def test_a_storm_of_429_with_a_long_wait_is_sat_out(tmp_path: Path) -> None:
         done = collect(config(tmp_path, endpoint.url, 20, workers=16), tmp_path / "run")
     assert done.missing == 0
     assert len(refused) <= 16, "nobody asks while the endpoint wants to be left alone"
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_who_looks_on_is_told_of_a_wait_while_it_lasts(tmp_path: Path, processes: int) -> None:
+    refused, seen = [], list[Progress]()
+
+    def reply(messages: list[dict[str, Any]]) -> Any:
+        if len(messages) > 1 and not refused:
+            refused.append(time.monotonic())
+            return 429, b'{"error": {"message": "slow down"}}', {"retry-after": "2.5"}
+        return teacher(messages)
+
+    with FakeEndpoint(reply) as endpoint:
+        run = config(tmp_path, endpoint.url, 4, processes=processes)
+        collect(run, tmp_path / "run", on_progress=seen.append)
+    waiting = [progress for progress in seen if progress.waits]
+    assert len(waiting) >= 4, "it is kept up to date"
+    assert {text for progress in waiting for text, _ in progress.waits} == {
+        f"{endpoint.url} asks to wait {seconds} s" for seconds in [2]
+    }
+    left = [progress.waits[0][1] for progress in waiting]
+    assert left == sorted(left, reverse=True)
+    assert left[0] == pytest.approx(2.5, abs=0.5)
+    assert all(f"{endpoint.url} 429: " in item.problem for item in waiting[1:])
+    assert "slow down" in waiting[-1].problem
+    assert not seen[-1].waits
+
+
+def test_a_clock_that_jumps_loses_nothing_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wall clock goes forth and back by years, the server says when to come back as a date, and the
+    run has a limit of hours."""
+    began, wall, asked = time.monotonic(), time.time, [0]
+
+    def jumping() -> float:
+        asked[0] += 1
+        return wall() + (-1) ** asked[0] * 3e8
+
+    def reply(messages: list[dict[str, Any]]) -> Any:
+        if len(messages) == 1:
+            return "ok"
+        if time.monotonic() < began + 1.0:
+            headers = {
+                "date": "Wed, 21 Oct 2015 07:28:00 GMT",
+                "retry-after": "Wed, 21 Oct 2015 07:28:01 GMT",
+            }
+            return 429, b"{}", headers
+        return teacher(messages)
+
+    monkeypatch.setattr(time, "time", jumping)
+    with FakeEndpoint(reply) as endpoint:
+        settings = {"budget": Budget(max_hours=0.1), "gate": GateConfig(requests_per_minute=60_000)}
+        done = collect(config(tmp_path, endpoint.url, 12, **settings), tmp_path / "run")
+    assert asked[0] > 20, "the clock was looked at, and jumped"
+    assert (done.missing, done.stopped) == (0, None)
+    assert time.monotonic() - began < 20
+    assert all(0 <= item.seconds < 20 for item in done.trajectories)
+    calls = [call for call in iter_calls(tmp_path / "run") if call.kind == "model"]
+    assert len(calls) == 24
+    assert all(0 <= call.seconds < 20 for call in calls)
+
+
+def test_a_clock_that_is_set_back_does_not_lengthen_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall, asked = time.time, [0]
+
+    def slowing() -> float:
+        asked[0] += 1
+        return wall() - 1000.0 * asked[0]
+
+    monkeypatch.setattr(time, "time", slowing)
+    with FakeEndpoint(teacher) as endpoint:
+        limited = config(tmp_path, endpoint.url, 2000, budget=Budget(max_hours=0.5 / 3600))
+        done = collect(limited, tmp_path / "run")
+    assert done.stopped is not None
+    assert done.missing > 0
+
+
+def test_counts_that_cannot_be_end_no_budget_and_are_noted(tmp_path: Path) -> None:
+    wrong = [10**12, -7, "many", 10**9]
+    replies = [0]
+
+    def reply(messages: list[dict[str, Any]]) -> Any:
+        if len(messages) == 1:
+            return "ok"
+        replies[0] += 1
+        counts = {"prompt_tokens": wrong[replies[0] % 4], "completion_tokens": 20}
+        message = {"role": "assistant", "content": teacher(messages)}
+        body = {"id": "1", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+        return 200, json.dumps({**body, "usage": counts}).encode()
+
+    with FakeEndpoint(reply) as endpoint:
+        limited = config(tmp_path, endpoint.url, 12, budget=Budget(max_tokens=100_000))
+        done = collect(limited, tmp_path / "run")
+    assert (done.missing, done.stopped) == (0, None)
+    usage = done.spent.usage
+    assert usage.uncounted_calls == 24
+    assert usage.input_tokens == usage.output_tokens == 0
+    assert 24 * 100 < usage.estimated_tokens < 24 * 2000
+    assert done.faults == {"wrong usage": 12}, "those that are numbers"
+    assert all("prompt tokens of" in note.message for note in notes(tmp_path / "run"))
+    assert all(item.usage.uncounted_calls == 2 for item in done.trajectories)
 
 
 def test_an_endpoint_that_hangs_costs_its_own_calls_only(tmp_path: Path) -> None:
@@ -203,8 +332,16 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path, monkeypatch
     assert sum(faulty.answered.values()) == 24 + asked - logged
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    if os.geteuid() == 0:  # who may write anywhere, so this test runs as an ordinary user
+        if why := missing():
+            pytest.skip(why)
+        name = f"{Path(__file__).relative_to(Path.cwd())}::{test_a_read_only_folder_is_named.__name__}"
+        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
+        done = subprocess.run(command(words), capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+        assert "1 passed" in done.stdout
+        return
     (tmp_path / "run").mkdir(mode=0o500)
     with FakeEndpoint(teacher) as endpoint, pytest.raises(StorageError, match=r"run\.lock"):
         collect(config(tmp_path, endpoint.url), tmp_path / "run")

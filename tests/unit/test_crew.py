@@ -12,7 +12,7 @@ import pytest
 
 from agentkd.agent_config import AgentConfig
 from agentkd.calls import iter_calls
-from agentkd.collect import CollectConfig, TeacherConfig, collect, load_teachers
+from agentkd.collect import CollectConfig, TeacherConfig, collect, expect, load_teachers
 from agentkd.errors import ConfigError, ProviderError
 from agentkd.gate import GateConfig
 from agentkd.record import read_json, read_trajectories, write_jsonl
@@ -177,8 +177,14 @@ def test_enough_correct_ones_spare_further_samples(tmp_path: Path) -> None:
         assert set(asked) == {0.0, 0.7}
         before = len(endpoint.requests)
         again = collect(config(tmp_path, endpoint.url, 10, **settings), tmp_path / "run")
-        assert len(endpoint.requests) - before <= 1, "only the check before the start"
+        assert len(endpoint.requests) == before, "not even the check before the start"
         assert again.missing == 0
+    assert expect(config(tmp_path, endpoint.url, 10, **settings), tmp_path / "run").rollouts == 0
+    stored = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.jsonl")}
+    dead = collect(config(tmp_path, endpoint.url, 10, **settings), tmp_path / "run")
+    assert dead.trajectories == done.trajectories, "a run that is finished needs no endpoint"
+    logs = [name for name in stored if name.startswith(("calls", "trajectories"))]
+    assert all((tmp_path / "run" / name).stat().st_mtime_ns == stored[name] for name in logs)
 
 
 def test_two_processes_write_two_logs_and_one_set_of_trajectories(tmp_path: Path) -> None:
