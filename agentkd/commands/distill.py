@@ -13,7 +13,7 @@ from agentkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from agentkd.distill import DistillConfig
-    from agentkd.distill.served import ServedParity
+    from agentkd.distill.served import Ask, ServedParity
 
 __all__ = ["check_student", "register"]
 
@@ -209,7 +209,8 @@ def _check(student: Path, api_base: str | None, model: str | None, as_json: bool
         print(
             f"{result.prompts_equal} of {result.prompts} prompts have the ids of the training, "
             f"{result.canonical} of {result.stopped} finished greedy answers are canonical, "
-            f"{result.reproduced} are exactly what was taught ({result.served_by})"
+            f"{result.reproduced} are exactly what was taught, {result.unchanged} of {result.compared} are those "
+            f"of the finished student ({result.served_by})"
         )
         if result.sampled_other:
             print(f"{len(result.sampled_other)} of {result.sampled} sampled answers are other tokens.")
@@ -228,26 +229,30 @@ def check_student(
         api_key: bearer token.
 
     Raises:
-        ConfigError: not a student, nothing to replay, or its base model is another one.
+        ConfigError: not a student, nothing to replay, or base model or adapter are other ones.
     """
-    from agentkd.distill.served import check_served, endpoint, read_replays, record_served
+    from agentkd.distill.served import check_served, endpoint, read_known, read_replays, record_served
+    from agentkd.engine.probe import check_files
     from agentkd.engine.student import load_student
     from agentkd.engine.weights import load_tokenizer
     from agentkd.serve import Server, create_app, student_backend
 
     student = load_student(path)
     replays, tokenizer = read_replays(path), load_tokenizer(path)
+
+    def asked(ask: Ask, served_by: str) -> ServedParity:
+        return check_served(replays, student.system_prompt, tokenizer, ask, served_by, read_known(path))
+
     if api_base is not None:
         if model is None:
             raise ConfigError("No model was named.", "Pass --model as the endpoint lists it.")
-        ask = endpoint(api_base, model, api_key)
-        result = check_served(replays, student.system_prompt, tokenizer, ask, f"{model} at {api_base}")
+        result = asked(endpoint(api_base, model, api_key), f"{model} at {api_base}")
     else:
+        check_files(student)
         backend = student_backend(path)
         try:
             with Server(create_app([backend])) as server:
-                ask = endpoint(server.url, backend.model_id)
-                result = check_served(replays, student.system_prompt, tokenizer, ask, "agentkd serve")
+                result = asked(endpoint(server.url, backend.model_id), "agentkd serve")
         finally:
             backend.close()
     record_served(path, result)

@@ -32,7 +32,15 @@ from agentkd.distill.negatives import build_negatives, negatives_hash, read_reje
 from agentkd.distill.parity import find_faults, refuse_faults
 from agentkd.distill.preference import make_preference
 from agentkd.distill.ranks import group, rank, world
-from agentkd.distill.served import Replay, ServedParity, check_served, engine, make_replays, write_parity
+from agentkd.distill.served import (
+    Replay,
+    ServedParity,
+    check_served,
+    engine,
+    make_replays,
+    require_parity,
+    write_parity,
+)
 from agentkd.engine.student import Student, is_student, load_student
 from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model, stop_ids
 from agentkd.errors import ConfigError, DataError, TrainingError, boundary
@@ -66,8 +74,9 @@ def distill(
 
     Raises:
         DataError: nothing to learn from.
-        ConfigError: the base model or the parent will not do, or ``out`` holds other work.
-        TrainingError: the chat template will not do, or the loss is no longer a number.
+        ConfigError: base model, teacher or parent will not do, or ``out`` holds other work.
+        TrainingError: the chat template will not do, the loss is no longer a number, or the student is
+            not served as it was trained.
     """
     config = config or DistillConfig()
     if not trajectories.is_file():
@@ -220,6 +229,13 @@ def _close(
     served = _served_parity(out, replays, config) if replays else None
     before = {"examples": len(examples.examples), "digest": identity["examples"]}
     write_parity(out, replays, before, served)
+    if served is not None:
+        require_parity(
+            served,
+            f"{out} is not finished, and {out / 'parity.json'} has all that was found. Mend the base model's "
+            "tokenizer or chat template and run the same command again, or finish the student unchecked with "
+            "--set replays=0.",
+        )
     write_manifest(
         out,
         stage="distill",
@@ -245,10 +261,7 @@ def _served_parity(out: Path, replays: list[Replay], config: DistillConfig) -> S
     system = read_json(out / "student.json")["system_prompt"]
     weights = out / ("model" if config.adapter == "full" else "adapter")
     with TorchEngine.load(resolve_model(config.base), weights, threads=config.threads) as model:
-        result = check_served(replays, system, tokenizer, engine(model, tokenizer), "embedded engine")
-    for fault in result.faults:
-        log.warning("What is served is not what was trained: %s", fault)
-    return result
+        return check_served(replays, system, tokenizer, engine(model, tokenizer), "embedded engine")
 
 
 @contextmanager

@@ -340,7 +340,7 @@ def test_the_check_alone_asks_the_real_server(finished: Path) -> None:
     result = json.loads(done.stdout)
     assert result["passed"]
     assert result["served_by"] == "agentkd serve"
-    assert result["prompts_equal"] == 6
+    assert result["prompts_equal"] == result["compared"] == result["unchanged"] == 6
     assert read_json(finished / "parity-check.json") == result
 
 
@@ -349,7 +349,7 @@ def test_the_check_alone_asks_the_real_server(finished: Path) -> None:
     [
         ("template", "wrong template"),
         ("prompt", "different system prompt"),
-        ("base", "other weights"),
+        ("base", "Wrong base"),
     ],
 )
 def test_a_folder_that_would_be_served_otherwise_is_caught(
