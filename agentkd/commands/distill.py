@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentkd.commands.console import Json, print_json
-from agentkd.errors import ConfigError
+from agentkd.commands.console import Json, print_json, setting_pairs
+from agentkd.errors import ConfigError, first_problem
 
 if TYPE_CHECKING:
     from agentkd.distill import DistillConfig
@@ -104,6 +104,13 @@ def distill(
         ),
     ] = 1,
     seed: int = 0,
+    more: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting without an option of its own, as name=value: micro_tokens, lora_dropout, ...",
+        ),
+    ] = None,
     show_mask: Annotated[
         int, typer.Option(min=0, help="Print so many examples, coloured by what is learnt, and stop.")
     ] = 0,
@@ -152,7 +159,7 @@ def distill(
         "track": track,
         "seed": seed,
     }
-    config = DistillConfig(**settings)
+    config = DistillConfig(**settings, **_more(more or [], {*settings, *_SAID}))
     if show_mask:
         from agentkd.distill.show import show_examples
 
@@ -197,6 +204,53 @@ def _student(
     from agentkd.distill.inherit import adapter_settings
 
     return {**adapter_settings(parent), **said, "parent": str(parent)}
+
+
+_SAID = ("parent", "base", "kind", "adapter", "lora_r")
+"""Settings that have an option, and are in the settings only where they were said."""
+_OPTIONS = {
+    "learning_rate": "--lr",
+    "lora_r": "--rank",
+    "parent": "--from",
+    "teacher": "--teacher-model",
+}
+"""Options that are not called as their settings are."""
+_JSON = "Write a list as JSON, as in --set 'imports=[\"math\"]'."
+
+
+def _more(pairs: list[str], own: set[str]) -> dict[str, Any]:
+    """Further settings of ``DistillConfig``, each read by its type.
+
+    Args:
+        pairs: ``name=value`` each.
+        own: settings that have an option.
+
+    Raises:
+        ConfigError: no such setting, one that has an option, or a value of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from agentkd.distill import DistillConfig
+
+    fields = {name: field for name, field in DistillConfig.model_fields.items() if name not in own}
+    found: dict[str, Any] = {}
+    for name, text in setting_pairs(pairs):
+        if name in own:
+            option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+            raise ConfigError(f"{name} has an option of its own.", f"Use {option} instead of --set {name}.")
+        if name not in fields:
+            raise ConfigError(f"There is no setting {name!r}.", f"Known: {', '.join(fields)}.")
+        read: TypeAdapter[Any] = TypeAdapter(fields[name].rebuild_annotation())
+        try:
+            found[name] = read.validate_python(text)
+        except ValidationError as exc:  # no plain word or number: a list, say
+            try:
+                found[name] = read.validate_json(text)
+            except ValidationError:
+                raise ConfigError(
+                    f"--set {name}={text} cannot be read: {first_problem(exc)}.", _JSON
+                ) from exc
+    return found
 
 
 def _check(student: Path, api_base: str | None, model: str | None, as_json: bool) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from agentkd.distill.blame import no_number
 from agentkd.distill.examples import Example
 from agentkd.distill.learner import Learner
 from agentkd.distill.ranks import rank
 from agentkd.distill.workers import Contrast
 from agentkd.errors import TrainingError, boundary
 
-__all__ = ["Best", "held_out_loss"]
+__all__ = ["Best", "held_out_loss", "put_back"]
 
 
 def held_out_loss(learner: Learner, examples: Sequence[Example], contrast: Contrast | None = None) -> float:
@@ -24,17 +26,21 @@ def held_out_loss(learner: Learner, examples: Sequence[Example], contrast: Contr
     ones with a smaller likelihood, and would else be best before its first step.
 
     Raises:
-        TrainingError: it is not a number.
+        TrainingError: it is not a number; names the trajectories.
     """
+
+    def loss(some: Sequence[Example]) -> float:
+        return _cross_entropy(learner, some) if contrast is None else contrast.loss(learner, some)
+
     learner.refresh()
     learner.peft.eval()
     try:
         with torch.no_grad():
-            mean = _cross_entropy(learner, examples) if contrast is None else contrast.loss(learner, examples)
+            mean = loss(examples)
+            if not math.isfinite(mean):
+                raise no_number("The held-out loss", examples, lambda it: math.isfinite(loss([it])))
     finally:
         learner.peft.train()
-    if not math.isfinite(mean):
-        raise TrainingError("The loss on the held-out examples is not a number.", "Lower the learning rate.")
     return mean
 
 
@@ -86,6 +92,17 @@ class Best:
             boundary(TrainingError, f"reading {self.path}", "Remove the folder to start again."),
             torch.no_grad(),
         ):
-            kept = torch.load(self.path, map_location=parameters[0].device, weights_only=True)
-            for value, saved in zip(parameters, kept, strict=True):
-                value.copy_(saved)
+            put_back(parameters, torch.load(self.path, map_location=parameters[0].device, weights_only=True))
+
+
+def put_back(parameters: Sequence[torch.nn.Parameter], saved: Any) -> None:
+    """Give the parameters the values that were saved of them.
+
+    Raises:
+        ValueError: they are those of another model.
+    """
+    shapes = [getattr(value, "shape", None) for value in saved] if isinstance(saved, list) else None
+    if shapes != [value.shape for value in parameters]:
+        raise ValueError("it does not hold the parameters that are trained here")
+    for value, kept in zip(parameters, saved, strict=True):
+        value.copy_(kept)

@@ -17,9 +17,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from agentkd.distill.batches import batch_indices, total_steps
+from agentkd.distill.blame import no_number
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
-from agentkd.distill.held_out import Best, held_out_loss
+from agentkd.distill.held_out import Best, held_out_loss, put_back
 from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import make_objective
 from agentkd.distill.preference import PREFERENCES, make_preference
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 """The last, and the one before it, which is taken when the last cannot be read."""
+_STATE = {"identity", "step", "parameters", "optimizer"}
+"""What a checkpoint holds."""
 
 
 class StepLog(BaseModel):
@@ -104,7 +107,7 @@ def run_training(
 
     Raises:
         ConfigError: the checkpoint belongs to other settings or data.
-        TrainingError: the loss is not a number; names the trajectory.
+        TrainingError: the loss or its gradient is not a number; names the trajectory.
     """
     steps = total_steps(len(examples), config.batch_size, config.steps, config.epochs)
     learner = Learner(base, config)
@@ -234,7 +237,12 @@ def _step(
     loss = sum_over_ranks(parameters, loss)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     if not math.isfinite(norm.item()):
-        raise TrainingError(f"The gradient of step {step + 1} is not a number.", "Lower the learning rate.")
+
+        def finite(example: Example) -> bool:
+            found = workers.map(workers.lay_out([example], step), weight, step, steps)
+            return all(it is None or bool(it.isfinite().all()) for _, grads in found for it in grads)
+
+        raise no_number(f"The gradient of step {step + 1}", batch, finite)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -298,6 +306,9 @@ def _restore(
         try:
             with boundary(TrainingError, f"reading {path}", again):
                 state = torch.load(path, map_location=parameters[0].device, weights_only=True)
+                if not isinstance(state, dict) or (lacking := sorted(_STATE - state.keys())):
+                    what = f"it has no {lacking[0]}" if isinstance(state, dict) else "it is something else"
+                    raise ValueError(f"no checkpoint of a training: {what}")
         except TrainingError as exc:
             if path == present[-1]:
                 raise
@@ -307,10 +318,9 @@ def _restore(
     if state["identity"] != identity:
         raise ConfigError(f"{out} holds a training with other settings, data or base model.", again)
     with boundary(TrainingError, f"taking over {path}", again), torch.no_grad():
-        for value, saved in zip(parameters, state["parameters"], strict=True):
-            value.copy_(saved)
+        put_back(parameters, state["parameters"])
         optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+        return int(state["step"])
 
 
 def _rewind(path: Path, steps: int) -> list[StepLog]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
+from agentkd.engine.weights import resolve_model
 from agentkd.errors import TrainingError
 
 __all__ = ["MemoryNeed", "estimate_memory", "free_memory", "refuse_too_little", "told_what_to_lower"]
@@ -33,11 +34,13 @@ class MemoryNeed:
     """What the backward pass needs of the tokens computed at once."""
     logits: float
     """Of the targets computed at once."""
+    teacher: float = 0.0
+    """The weights of a local teacher."""
 
     @property
     def fixed(self) -> float:
         """What is needed whatever the batch."""
-        return self.weights + self.trained
+        return self.weights + self.trained + self.teacher
 
     @property
     def total(self) -> float:
@@ -47,6 +50,7 @@ class MemoryNeed:
     def __str__(self) -> str:
         parts = (
             ("weights", self.weights),
+            *((("teacher", self.teacher),) if self.teacher else ()),
             ("trained with gradients and optimiser", self.trained),
             ("activations", self.activations),
             ("logits", self.logits),
@@ -68,19 +72,16 @@ def estimate_memory(base: Path, config: DistillConfig, examples: Sequence[Exampl
     """
     import torch
     from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from agentkd.distill.learner import compute_dtype
 
-    shape = AutoConfig.from_pretrained(base, local_files_only=True)
-    text = shape.get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
+    model = _empty(base)
+    text = model.config.get_text_config()
     inner = [
         it for it in model.modules() if isinstance(it, nn.Linear) and it is not model.get_output_embeddings()
     ]
     size = 2 if compute_dtype(config.precision) == torch.bfloat16 else 4
-    whole = sum(value.numel() for value in model.parameters())
+    whole = _size(model)
     linear = sum(it.weight.numel() for it in inner)
     extra = linear * size if config.adapter == "lora" and not torch.cuda.is_available() else 0
     if config.adapter == "full":
@@ -101,7 +102,21 @@ def estimate_memory(base: Path, config: DistillConfig, examples: Sequence[Exampl
         trained=16.0 * trained,
         activations=float(tokens * per_token * size),
         logits=3.0 * 4 * rows * text.vocab_size,
+        teacher=0.0 if config.teacher is None else float(size * _size(_empty(resolve_model(config.teacher)))),
     )
+
+
+def _empty(folder: Path) -> Any:
+    """The model of a folder, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+
+
+def _size(model: Any) -> int:
+    return sum(value.numel() for value in model.parameters())
 
 
 def free_memory() -> float:
@@ -133,9 +148,9 @@ def refuse_too_little(need: MemoryNeed, free: float, config: DistillConfig) -> s
     if need.fixed > free:
         raise TrainingError(
             f"The training needs {need}, and {free / MIB:,.0f} MiB are free.",
-            "Use --adapter qlora or a smaller base model."
-            if config.adapter != "full"
-            else "Use --adapter lora.",
+            "Use --adapter lora."
+            if config.adapter == "full"
+            else f"Use --adapter qlora or a smaller base model{' or teacher' if need.teacher else ''}.",
         )
     if need.total > free:
         return f"The training may need {need}, and {free / MIB:,.0f} MiB are free. {what_to_lower(config)}"
@@ -144,9 +159,13 @@ def refuse_too_little(need: MemoryNeed, free: float, config: DistillConfig) -> s
 
 def what_to_lower(config: DistillConfig) -> str:
     """Advice, in the order of what it costs."""
-    advice = [f"Lower micro_tokens (now {config.micro_tokens})", f"max_length (now {config.max_length})"]
+    less = max(1, config.micro_tokens // 2)
+    advice = [
+        f"Lower micro_tokens (now {config.micro_tokens}): --set micro_tokens={less}",
+        f"or --max-length (now {config.max_length})",
+    ]
     if not config.gradient_checkpointing:
-        advice.append("or set gradient_checkpointing")
+        advice.append("or add --gradient-checkpointing")
     if config.adapter == "full":
         advice.append("or use --adapter lora")
     return ", ".join(advice) + "."

@@ -18,6 +18,7 @@ from agentkd.distill.adapters import check_adapter
 from agentkd.distill.batches import hold_out
 from agentkd.distill.card import write_card
 from agentkd.distill.config import DistillConfig
+from agentkd.distill.context import check_context
 from agentkd.distill.examples import Example, ExampleSet, build_examples
 from agentkd.distill.inherit import check_parent, data_hash
 from agentkd.distill.memory import (
@@ -93,22 +94,17 @@ def distill(
         examples = build_examples(list(items.values()), tokenizer, config)
         for reason, count in examples.dropped.items():
             log.warning("%d of the trajectories left out: %s.", count, reason)
-        refuse_faults(
-            find_faults(
-                examples.examples,
-                items,
-                examples.system_prompt,
-                tokenizer,
-                stop_ids(base, tokenizer),
-                failed_steps=config.failed_steps,
-            )
-        )
-        examples, negatives = _contrasted(examples, items, tokenizer, stop_ids(base, tokenizer), config, say)
+        stops = stop_ids(base, tokenizer)
+        prompt, failed = examples.system_prompt, config.failed_steps
+        refuse_faults(find_faults(examples.examples, items, prompt, tokenizer, stops, failed_steps=failed))
+        examples, negatives = _contrasted(examples, items, tokenizer, stops, config, say)
         learnt, held_out = _held_out(examples, items, config)
         identity["examples"] = examples.digest()
         with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
             from agentkd.distill.loop import run_training
         check_adapter(config)
+        wrong = [it for several in (negatives or {}).values() for it in several]
+        check_context(base, config, [*examples.examples, *wrong])
         need = _memory(base, examples, config, say)
         with boundary(TrainingError, f"training {out}"), told_what_to_lower(config), group(out) as place:
             summary = run_training(base, learnt, config, place, identity, on_progress, held_out, negatives)

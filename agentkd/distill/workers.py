@@ -162,7 +162,7 @@ def _check(losses: torch.Tensor, pack: Pack, step: int) -> None:
     if len(bad):
         name = pack.examples[pack.owners[int(bad[0])]]
         raise TrainingError(
-            f"The loss of trajectory {name} is not a number in step {step + 1}.",
+            f"The loss of trajectory {name} is not a number{f' in step {step + 1}' if step >= 0 else ''}.",
             "Lower the learning rate, or leave that trajectory out.",
         )
 
