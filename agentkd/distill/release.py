@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,22 @@ from agentkd.errors import ConfigError, ProviderError, StorageError, boundary
 __all__ = ["merge_student", "push_student", "write_gguf"]
 
 CONVERTER = "convert_hf_to_gguf.py"
+_SERVED = (
+    "README.md",
+    "student.json",
+    "manifest.json",
+    "loss.jsonl",
+    "test_time.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+"""What of a student folder is pushed, beside its weights."""
 
 
 def merge_student(path: Path, out: Path, dtype: str | None = None) -> Path:
@@ -82,17 +99,31 @@ def write_gguf(path: Path, out: Path, dtype: str = "auto") -> Path:
             f"llama.cpp's {CONVERTER} was not found.",
             "Put llama.cpp's folder into $LLAMA_CPP, or the converter on the PATH.",
         )
-    with tempfile.TemporaryDirectory() as scratch:
-        merged = merge_student(path, Path(scratch) / "merged")
-        partial = out.with_name(out.name + ".partial")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(converter), str(merged), "--outfile", str(partial), "--outtype", dtype]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not partial.is_file():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"{CONVERTER} failed: {last}", "Update llama.cpp, or take --merged.")
-    partial.replace(out)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            merged = merge_student(path, Path(scratch) / "merged")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, str(converter), str(merged)]
+            command += ["--outfile", str(partial), "--outtype", dtype]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not partial.is_file():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ConfigError(f"{CONVERTER} failed: {last}", _converter_hint(done.stderr))
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
     return out
+
+
+def _converter_hint(said: str) -> str:
+    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", said)
+    if missing is None:
+        return "Update llama.cpp, or take --merged."
+    return (
+        f"It needs the Python module {missing[1]}: install llama.cpp's requirements "
+        f"({sys.executable} -m pip install -r requirements.txt), or take --merged."
+    )
 
 
 def find_converter() -> Path | None:
@@ -105,7 +136,10 @@ def find_converter() -> Path | None:
 
 
 def push_student(path: Path, repo: str, *, private: bool = True) -> str:
-    """Upload a student folder to the Hub, with its card; nothing else of agentkd ever uploads.
+    """Upload what serving a student needs, and its card; nothing else of agentkd ever uploads.
+
+    ``parity.json`` stays here: it holds conversations of the training, word for word. So do its own later
+    checks, checkpoints, and whatever else was put into the folder.
 
     Args:
         path: student folder.
@@ -130,6 +164,6 @@ def push_student(path: Path, repo: str, *, private: bool = True) -> str:
     with boundary(ProviderError, f"pushing {path} to {repo}", hint):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        ignored = [".lock", "checkpoint*", "best.pt", "tensorboard/*", "*.partial"]
-        done = api.upload_folder(repo_id=repo, folder_path=path, ignore_patterns=ignored)
+        wanted = [*_SERVED, f"{student.weights}/*"]
+        done = api.upload_folder(repo_id=repo, folder_path=path, allow_patterns=wanted)
     return str(done)

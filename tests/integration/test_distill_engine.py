@@ -25,7 +25,7 @@ from agentkd.distill.memory import (
     told_what_to_lower,
 )
 from agentkd.distill.ranks import rank, world
-from agentkd.distill.release import merge_student, write_gguf
+from agentkd.distill.release import merge_student, push_student, write_gguf
 from agentkd.engine.student import load_student
 from agentkd.errors import ConfigError, TrainingError
 from agentkd.record import read_json
@@ -230,7 +230,7 @@ def test_too_little_memory_is_told_with_what_to_lower(base: Path, kept: Path, tm
     need = MemoryNeed(weights=100 * MIB, trained=50 * MIB, activations=200 * MIB, logits=0)
     assert refuse_too_little(need, 400 * MIB, DistillConfig()) is None
     warning = refuse_too_little(need, 300 * MIB, DistillConfig())
-    assert warning is not None and "Lower micro_tokens (now 2048)" in warning
+    assert warning is not None and "Lower micro_tokens (now 2048): --set micro_tokens=1024" in warning
     with pytest.raises(TrainingError, match=r"needs 350 MiB.*120 MiB are free"):
         refuse_too_little(need, 120 * MIB, DistillConfig())
 
@@ -325,10 +325,66 @@ def test_gguf_is_made_by_the_converter_that_is_there(
     assert {"f32", "config.json", "model.safetensors", "tokenizer.json"} <= set(
         (tmp_path / "s.gguf").read_text().split()
     )
-    (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('unknown model')")
-    with pytest.raises(ConfigError, match="unknown model"):
-        write_gguf(student, tmp_path / "t.gguf")
-    assert not (tmp_path / "t.gguf").exists()
+    half = "import pathlib, sys\npathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text('half')\n"
+    for last, said in (
+        ("raise SystemExit('unknown model')", "unknown model.*Update llama.cpp"),
+        ("import gguf_that_is_not_there", "module gguf_that_is_not_there.*pip install -r requirements.txt"),
+    ):
+        (tmp_path / "convert_hf_to_gguf.py").write_text(half + last)
+        with pytest.raises(ConfigError, match=said):
+            write_gguf(student, tmp_path / "t.gguf")
+        assert not list(tmp_path.glob("t.gguf*"))
+
+
+def test_a_push_uploads_what_serving_needs_and_no_conversation(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    folder = Path(shutil.copytree(student, tmp_path / "s"))
+    for name in (
+        "parity-check.json",
+        "reference.json",
+        "checkpoint.pt",
+        "best.pt",
+        "mine/kept.jsonl",
+        "notes.txt",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("private")
+    calls: dict[str, Any] = {}
+
+    class Hub:
+        def create_repo(self, repo: str, **options: Any) -> None:
+            calls["private"] = options["private"]
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **patterns: Any) -> str:
+            there = (
+                it.relative_to(folder_path).as_posix() for it in Path(folder_path).rglob("*") if it.is_file()
+            )
+            calls["files"] = set(filter_repo_objects(there, **patterns))
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert push_student(folder, "me/student") == "https://hub/me/student"
+    assert calls["private"]
+    assert calls["files"] == {
+        "README.md",
+        "student.json",
+        "manifest.json",
+        "loss.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "adapter/README.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }
+    for name in calls["files"]:  # and it is a student there
+        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, tmp_path / "there" / name)
+    assert load_student(tmp_path / "there").training == load_student(student).training
 
 
 def test_a_push_that_fails_is_told_in_one_line(student: Path) -> None:
