@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentkd.commands.console import Json, print_json, setting_pairs
+from agentkd.commands.console import Json, print_json, progress_bar, setting_pairs
 from agentkd.errors import ConfigError, first_problem
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def register(app: typer.Typer) -> None:
         "--out student`\n\n"
         "`agentkd distill adapt/mix.jsonl --from student --out adapted`\n\n"
         "`agentkd distill kept.jsonl --objective aft --negatives dropped.jsonl --out student`\n\n"
+        "`agentkd distill kept.jsonl --teacher-model FOLDER --record-teacher teacher.jsonl`, then\n\n"
+        "`agentkd distill kept.jsonl --objective first --teacher-logprobs teacher.jsonl --out student`\n\n"
         "`agentkd distill kept.jsonl --show-mask 2` (which tokens would be learnt; trains nothing)\n\n"
         "`agentkd distill --check student` (is what is served what was trained?)",
     )(distill)
@@ -68,7 +70,7 @@ def distill(
         str,
         typer.Option(
             help="What is minimised: sft, masked, aft, dpo, forward-kl, reverse-kl, jsd, taid, first, "
-            "plackett-luce."
+            "plackett-luce; or yours, as module:Name."
         ),
     ] = "sft",
     negatives: Annotated[
@@ -77,6 +79,17 @@ def distill(
     teacher_model: Annotated[
         str | None, typer.Option(help="For the last six: a local model with the same vocabulary.")
     ] = None,
+    teacher_logprobs: Annotated[
+        Path | None,
+        typer.Option(help="For first and plackett-luce, instead of the model: what --record-teacher wrote."),
+    ] = None,
+    record_teacher: Annotated[
+        Path | None,
+        typer.Option(help="Write the likeliest tokens of --teacher-model there, and train nothing."),
+    ] = None,
+    teacher_top: Annotated[
+        int, typer.Option(min=1, help="With --record-teacher: likeliest tokens of each target.")
+    ] = 20,
     order: Annotated[
         str, typer.Option(help='Each pass in another order ("shuffle"), or in that of the "file".')
     ] = "shuffle",
@@ -150,6 +163,7 @@ def distill(
         "objective": objective,
         "negatives": str(negatives) if negatives else None,
         "teacher": teacher_model,
+        "teacher_logprobs": str(teacher_logprobs) if teacher_logprobs else None,
         "order": order,
         "precision": precision,
         "eval_fraction": eval_fraction,
@@ -164,6 +178,9 @@ def distill(
         from agentkd.distill.show import show_examples
 
         show_examples(trajectories, config, show_mask)
+        return
+    if record_teacher is not None:
+        _record(trajectories, record_teacher, config, teacher_top, as_json)
         return
     if out is None:
         raise ConfigError("No folder to write was given.", "Add --out student.")
@@ -190,6 +207,22 @@ def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) 
         return
     print(f"Student in {out}")
     print(f"Next: agentkd serve {out}")
+
+
+def _record(trajectories: Path, out: Path, config: DistillConfig, top: int, as_json: bool) -> None:
+    from agentkd.distill.recorded import record_teacher
+
+    if as_json:
+        count = record_teacher(trajectories, out, config, top)
+        print_json({"out": str(out), "examples": count})
+        return
+    with progress_bar() as bar:
+        task = bar.add_task("teacher", total=None, note="")
+        count = record_teacher(
+            trajectories, out, config, top, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    print(f"{count} examples in {out}")
+    print(f"Next: agentkd distill {trajectories} --objective first --teacher-logprobs {out} --out student")
 
 
 def _student(

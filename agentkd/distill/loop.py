@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict
 
 from agentkd.distill.batches import batch_indices, total_steps
 from agentkd.distill.blame import no_number
+from agentkd.distill.choose import check_teacher, make_objective, make_preference, top_read
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
 from agentkd.distill.held_out import Best, held_out_loss, put_back
 from agentkd.distill.learner import Learner
-from agentkd.distill.objectives import make_objective
-from agentkd.distill.preference import PREFERENCES, make_preference
 from agentkd.distill.ranks import mine, of_the_first, rank, sum_over_ranks
-from agentkd.distill.teacher import LocalTeacher
+from agentkd.distill.recorded import RecordedTeacher
+from agentkd.distill.teacher import LocalTeacher, Teacher
 from agentkd.distill.tracking import tracker
 from agentkd.distill.workers import Contrast, Goal, Workers, score_references, side_by_side
 from agentkd.engine.weights import load_tokenizer, resolve_model
@@ -113,7 +113,7 @@ def run_training(
     learner = Learner(base, config)
     parameters = learner.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
-    goal = _goal(base, learner, config)
+    goal = _goal(base, learner, examples, config)
     if negatives is not None:  # before the checkpoint is taken over: the reference is the student as it was
         everything = [*examples, *held_out]
         goal = replace(goal, contrast=_contrast(out, identity, learner, everything, negatives, config))
@@ -161,32 +161,18 @@ def _held_out(rows: Sequence[StepLog]) -> dict[str, Any]:
     return {"held_out_loss": least.held_out, "best_step": least.step}
 
 
-def _goal(base: Path, learner: Learner, config: DistillConfig) -> Goal:
-    if config.objective in PREFERENCES:
-        _no_teacher(config)
-        return Goal(seed=config.seed)
+def _goal(base: Path, learner: Learner, examples: Sequence[Example], config: DistillConfig) -> Goal:
+    check_teacher(config)
     tokenizer = load_tokenizer(base)
     mask_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    objective = make_objective(
-        config.objective, share=config.teacher_share, mask_rate=config.mask_rate, mask_id=mask_id
-    )
-    if objective is None or not objective.needs_teacher:
-        _no_teacher(config)
-        return Goal(objective, seed=config.seed)
-    if config.teacher is None:
-        raise ConfigError(
-            f"The objective {config.objective} needs a teacher model.", "Add --teacher-model FOLDER_OR_ID."
-        )
-    folder = resolve_model(config.teacher)
-    return Goal(objective, LocalTeacher(folder, tokenizer, learner.device, learner.dtype), config.seed)
-
-
-def _no_teacher(config: DistillConfig) -> None:
-    if config.teacher is not None:
-        raise ConfigError(
-            f"The objective {config.objective} has no use for a teacher model.",
-            "Leave --teacher-model out, or choose another --objective.",
-        )
+    objective = make_objective(config, mask_id)
+    teacher: Teacher | None = None
+    if config.teacher_logprobs is not None:
+        path, top = Path(config.teacher_logprobs), top_read(objective) or 1
+        teacher = RecordedTeacher(path, examples, len(tokenizer), top, learner.device)
+    elif config.teacher is not None:
+        teacher = LocalTeacher(resolve_model(config.teacher), tokenizer, learner.device, learner.dtype)
+    return Goal(objective, teacher, config.seed)
 
 
 def _contrast(

@@ -17,6 +17,7 @@ from typing import Any
 from agentkd.distill.adapters import check_adapter
 from agentkd.distill.batches import hold_out
 from agentkd.distill.card import write_card
+from agentkd.distill.choose import make_preference
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.context import check_context
 from agentkd.distill.examples import Example, ExampleSet, build_examples
@@ -31,8 +32,8 @@ from agentkd.distill.memory import (
 )
 from agentkd.distill.negatives import build_negatives, negatives_hash, read_rejected
 from agentkd.distill.parity import find_faults, refuse_faults
-from agentkd.distill.preference import make_preference
 from agentkd.distill.ranks import group, rank, world
+from agentkd.distill.recorded import recorded_hash
 from agentkd.distill.served import (
     Replay,
     ServedParity,
@@ -82,7 +83,8 @@ def distill(
     config = config or DistillConfig()
     if not trajectories.is_file():
         raise DataError(f"There is no file {trajectories}.", "Check the path, or run: agentkd filter.")
-    fingerprint = config.fingerprint(data_hash(trajectories, config.parent) + negatives_hash(config))
+    learnt_from = data_hash(trajectories, config.parent) + negatives_hash(config) + recorded_hash(config)
+    fingerprint = config.fingerprint(learnt_from)
     with _only_one(out):
         if is_student(out):
             return _finished(out, fingerprint)
@@ -237,7 +239,7 @@ def _close(
         stage="distill",
         config=config.model_dump(mode="json"),
         counts={**counts, **summary},
-        inputs=[trajectories, *([Path(config.negatives)] if config.negatives else [])],
+        inputs=[trajectories, *(Path(it) for it in (config.negatives, config.teacher_logprobs) if it)],
         outputs=[
             out / "student.json",
             out / "loss.jsonl",

@@ -23,7 +23,7 @@ from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import Objective
 from agentkd.distill.preference import Preference, Scored, chosen_negatives
 from agentkd.distill.ranks import world
-from agentkd.distill.teacher import LocalTeacher
+from agentkd.distill.teacher import Teacher
 from agentkd.errors import TrainingError
 
 __all__ = ["Contrast", "Goal", "Unit", "Workers", "score_references", "side_by_side"]
@@ -73,7 +73,7 @@ class Goal:
     """What is minimised; no objective is cross-entropy, on the fast path."""
 
     objective: Objective | None = None
-    teacher: LocalTeacher | None = None
+    teacher: Teacher | None = None
     seed: int = 0
     contrast: Contrast | None = None
 

@@ -12,7 +12,7 @@ import agentkd
 ROOT = Path(agentkd.__file__).parent
 
 FLOORS = {
-    **dict.fromkeys(["errors", "task", "trajectory", "record", "calls", "secret"], 0),
+    **dict.fromkeys(["errors", "task", "trajectory", "record", "calls", "secret", "plugin"], 0),
     **dict.fromkeys(["model", "endpoint", "engine", "tool", "sandbox", "retrieval", "taskset", "shard"], 1),
     **dict.fromkeys(["gate", "spend", "telemetry"], 1),
     **dict.fromkeys(
