@@ -17,11 +17,19 @@ from smolagents.monitoring import TokenUsage
 
 from agentkd.errors import ProviderError
 from agentkd.gate import Gate
+from agentkd.model import token_usage
+from agentkd.trajectory import Usage
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-__all__ = ["EndpointModel"]
+__all__ = ["EndpointModel", "UselessAnswerError"]
+
+
+class UselessAnswerError(ProviderError):
+    """An answer that is none; ``usage`` is what the endpoint will ask to be paid for it."""
+
+    usage: Usage | None = None
 
 
 class EndpointModel(OpenAIModel):
@@ -104,20 +112,29 @@ def _checked(response: Any) -> ChatMessage:
     """The answer, if it is one.
 
     Raises:
-        ProviderError: it is no chat completion, has no choice, or a choice without text.
+        UselessAnswerError: it is no chat completion, has no choice, or a choice without text.
     """
     choices = getattr(response, "choices", None)
     if not isinstance(choices, list):
-        raise ProviderError(
+        raise _useless(
+            response,
             "The endpoint's answer is not a chat completion: it has no choices.",
             "Check --api-base: it must be an OpenAI-compatible endpoint, ending in /v1.",
         )
     if not choices:
-        raise ProviderError("The endpoint's answer has an empty list of choices.")
+        raise _useless(response, "The endpoint's answer has an empty list of choices.")
     text = getattr(getattr(choices[0], "message", None), "content", None)
     if not isinstance(text, str):
-        raise ProviderError("The endpoint answered without text.")
+        raise _useless(response, "The endpoint answered without text.")
     return ChatMessage(role=MessageRole.ASSISTANT, content=text, raw=response, token_usage=_usage(response))
+
+
+def _useless(response: Any, message: str, hint: str = "") -> UselessAnswerError:
+    error, used = UselessAnswerError(message, hint), _usage(response)
+    if used is not None:
+        answer = ChatMessage(role=MessageRole.ASSISTANT, content=None, raw=response, token_usage=used)
+        error.usage = token_usage(answer)
+    return error
 
 
 def _usage(response: Any) -> TokenUsage | None:

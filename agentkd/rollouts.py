@@ -7,17 +7,18 @@ process that runs this; calls are logged by whoever makes them (:mod:`agentkd.cr
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentkd.calls import Past, iter_calls, read_past
-from agentkd.errors import AgentkdError, ProviderError, RetrievalError, SandboxError
+from agentkd.calls import Call, Past, iter_calls, read_past
+from agentkd.errors import AgentkdError, ProviderError, RetrievalError, SandboxError, StorageError
 from agentkd.record import AppendLog, read_trajectories, write_jsonl
 from agentkd.scorer import check_scorers
 from agentkd.spend import Ledger, Spent
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
     from agentkd.agent import StepAgent
     from agentkd.crew import Crew, Done, Seat, Work
 
-__all__ = ["Progress", "RunOptions", "RunResult", "finished_rollouts", "run_rollouts", "run_seats"]
+__all__ = [
+    "Progress",
+    "RunOptions",
+    "RunResult",
+    "count_past",
+    "finished_rollouts",
+    "run_rollouts",
+    "run_seats",
+]
 
 GIVE_UP_AFTER = 10
 """Provider errors in a row, with nothing finished in between, before a run is given up."""
@@ -98,6 +107,30 @@ class RunResult(NamedTuple):
 def finished_rollouts(log: Path) -> dict[str, Trajectory]:
     """What stands in an append-only file already, by id; empty when there is none."""
     return {item.id: item for item in read_trajectories(log)} if log.is_file() else {}
+
+
+def count_past(folder: Path, ledger: Ledger) -> None:
+    """Let a ledger know what the log of a folder has cost; each folder is counted once.
+
+    Raises:
+        DataError: a line of the log is malformed (it is named).
+    """
+    for _ in _counted(folder, ledger):
+        pass
+
+
+def _counted(folder: Path, ledger: Ledger) -> Iterator[Call]:
+    """The calls of a folder's log, counted where the ledger does not have them yet."""
+    from agentkd.crew import iter_faults
+
+    new = ledger.is_new(folder)
+    for note in iter_faults(folder) if new else ():
+        if note.usage is not None:
+            ledger.add(note.model, note.usage, 0.0, calls=0)
+    for call in iter_calls(folder):
+        if new and call.kind == "model":
+            ledger.add(call.model, call.usage, call.seconds)
+        yield call
 
 
 def run_rollouts(
@@ -238,14 +271,7 @@ class _Run:
 
     def _read_log(self) -> dict[str, Past]:
         """What unfinished rollouts have behind them; the ledger learns what all calls have cost."""
-
-        def counted() -> Any:
-            for call in iter_calls(self.out.parent):
-                if call.kind == "model":
-                    self.ledger.add(call.model, call.usage, call.seconds)
-                yield call
-
-        return read_past(counted(), frozenset(self.finished))
+        return read_past(_counted(self.out.parent, self.ledger), frozenset(self.finished))
 
     def work(self, crew: Crew, workers: int) -> None:
         """Hand out all work and take all results."""
@@ -270,10 +296,11 @@ class _Run:
                 self._tell()
         except BaseException:
             self.ledger.stop()
-            while not self.ready.empty():
-                done = self.ready.get()
-                if done.trajectory is not None and not done.trajectory.stop_reason.is_error:
-                    self._take(done)
+            with contextlib.suppress(StorageError):  # where nothing can be written, that has been said
+                while not self.ready.empty():
+                    done = self.ready.get()
+                    if done.trajectory is not None and not done.trajectory.stop_reason.is_error:
+                        self._take(done)
             raise
         finally:
             crew.close()
