@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -16,10 +17,13 @@ from agentkd.distill.card import write_card
 from agentkd.engine.student import Student, check_base, load_student
 from agentkd.engine.weights import load_model, load_tokenizer, model_hash, resolve_model
 from agentkd.errors import ConfigError, ProviderError, StorageError, boundary
+from agentkd.record import read_json, write_text
 
 __all__ = ["merge_student", "push_student", "write_gguf"]
 
 CONVERTER = "convert_hf_to_gguf.py"
+_ROTARY_BASE = 10_000.0
+"""What llama.cpp takes where a file names none."""
 _SERVED = (
     "README.md",
     "student.json",
@@ -61,6 +65,7 @@ def merge_student(path: Path, out: Path, dtype: str | None = None) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
+        _with_older_names(partial / "config.json")
         if out.is_dir():
             out.rmdir()
         partial.replace(out)
@@ -82,6 +87,21 @@ def _merged(student: Student, dtype: str | None) -> Any:
     return merge_adapter(stored.float(), student.adapter).to(wanted)
 
 
+def _with_older_names(config: Path) -> None:
+    """Say the rotary base under its name before transformers 5, too, which llama.cpp and vLLM may look for.
+
+    A reader that finds no base takes 10,000 in silence, and the model says something else.
+    """
+    settings = read_json(config)
+    rotary = settings.get("rope_parameters")
+    if not isinstance(rotary, dict) or "rope_theta" not in rotary:
+        return  # none, or another one for every kind of layer
+    settings["rope_theta"] = rotary["rope_theta"]
+    if rotary.get("rope_type", "default") != "default":
+        settings["rope_scaling"] = {key: value for key, value in rotary.items() if key != "rope_theta"}
+    write_text(config, json.dumps(settings, indent=2) + "\n")
+
+
 def write_gguf(path: Path, out: Path, dtype: str = "auto") -> Path:
     """Write a student as a GGUF file, by llama.cpp's own converter.
 
@@ -91,7 +111,7 @@ def write_gguf(path: Path, out: Path, dtype: str = "auto") -> Path:
         dtype: as the converter names it: "f32", "f16", "bf16", "q8_0" or "auto".
 
     Raises:
-        ConfigError: the converter is not there, or does not know this model.
+        ConfigError: the converter is not there, does not know this model, or has lost its rotary base.
     """
     converter = find_converter()
     if converter is None:
@@ -107,13 +127,32 @@ def write_gguf(path: Path, out: Path, dtype: str = "auto") -> Path:
             command = [sys.executable, str(converter), str(merged)]
             command += ["--outfile", str(partial), "--outtype", dtype]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
+            base = float(read_json(merged / "config.json").get("rope_theta", _ROTARY_BASE))
         if done.returncode or not partial.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ConfigError(f"{CONVERTER} failed: {last}", _converter_hint(done.stderr))
+        _check_rotary_base(partial, base)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     return out
+
+
+def _check_rotary_base(path: Path, base: float) -> None:
+    from gguf import GGUFReader
+
+    with boundary(
+        ConfigError, f"reading what {CONVERTER} has written", "Update llama.cpp, or take --merged."
+    ):
+        fields = GGUFReader(path).fields
+    kept = next(
+        (it.contents() for name, it in fields.items() if name.endswith(".rope.freq_base")), _ROTARY_BASE
+    )
+    if abs(kept - base) > 1e-4 * base:
+        raise ConfigError(
+            f"{CONVERTER} has lost the model's rotary base: {base:,.0f} became {kept:,.0f}.",
+            "Update llama.cpp, or take --merged.",
+        )
 
 
 def _converter_hint(said: str) -> str:

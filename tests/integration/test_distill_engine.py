@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from agentkd.distill import DistillConfig, distill
@@ -313,18 +314,24 @@ def test_gguf_is_made_by_the_converter_that_is_there(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="was not found"):
         write_gguf(student, tmp_path / "s.gguf")
-    # A stand-in with the real one's options: what matters is what it is given.
+    # A stand-in with the real one's options: what matters is what it is given, and what it keeps.
     (tmp_path / "convert_hf_to_gguf.py").write_text(
-        "import argparse, pathlib\n"
+        "import argparse, gguf, json, pathlib\n"
         "p = argparse.ArgumentParser(); p.add_argument('model'); p.add_argument('--outfile')\n"
         "p.add_argument('--outtype'); o = p.parse_args()\n"
-        "names = sorted(it.name for it in pathlib.Path(o.model).iterdir())\n"
-        "pathlib.Path(o.outfile).write_text(' '.join([o.outtype, *names]))\n"
+        "config = json.loads((pathlib.Path(o.model) / 'config.json').read_text())\n"
+        "w = gguf.GGUFWriter(o.outfile, 'llama')\n"
+        "w.add_string('given', ' '.join([o.outtype, *(it.name for it in pathlib.Path(o.model).iterdir())]))\n"
+        "w.add_rope_freq_base(config['rope_theta'])\n"
+        "w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()\n"
     )
     write_gguf(student, tmp_path / "s.gguf", "f32")
-    assert {"f32", "config.json", "model.safetensors", "tokenizer.json"} <= set(
-        (tmp_path / "s.gguf").read_text().split()
-    )
+    given = gguf.GGUFReader(tmp_path / "s.gguf").fields["given"].contents().split()
+    assert {"f32", "config.json", "model.safetensors", "tokenizer.json"} <= set(given)
+    converter = (tmp_path / "convert_hf_to_gguf.py").read_text()
+    (tmp_path / "convert_hf_to_gguf.py").write_text(converter.replace("config['rope_theta']", "7.0"))
+    with pytest.raises(ConfigError, match=r"rotary base: 10,000 became 7\."):
+        write_gguf(student, tmp_path / "t.gguf")
     half = "import pathlib, sys\npathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text('half')\n"
     for last, said in (
         ("raise SystemExit('unknown model')", "unknown model.*Update llama.cpp"),
