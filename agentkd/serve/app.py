@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from agentkd import __version__
 from agentkd.serve.backend import ChatBackend, ChatChoice, ChatResult, refuse_twins, status_of
-from agentkd.serve.guard import CHAT, Guard, GuardConfig, GuardMiddleware
+from agentkd.serve.guard import CHAT, CLIENT_GONE, Guard, GuardConfig, GuardMiddleware
 from agentkd.serve.openapi import ANSWERS, CHAT_BODY, MODEL, MODELS, describe
 from agentkd.serve.page import add_page
 from agentkd.serve.probes import add_probes
@@ -188,10 +188,11 @@ class _Work:
 
 
 async def _watch(http: Request, work: _Work) -> None:
-    """Note when the client hangs up, so that the engine does not go on for nobody."""
+    """Note when the client hangs up, so that neither the engine goes on for nobody nor anyone waits for it."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
     work.cancel()
+    work.events.put_nowait(RequestError("The client has gone.", status=CLIENT_GONE, code="client_gone"))
 
 
 async def _stream(work: _Work, event: Any) -> AsyncIterator[str]:

@@ -29,7 +29,7 @@ from agentkd.serve.tokens import Tokens
 if TYPE_CHECKING:
     from agentkd.serve.backend import ChatBackend
 
-__all__ = ["CHAT", "Gone", "Guard", "GuardConfig", "GuardMiddleware"]
+__all__ = ["CHAT", "CLIENT_GONE", "Gone", "Guard", "GuardConfig", "GuardMiddleware"]
 
 CHAT = "/v1/chat/completions"
 CLIENT_GONE = 499

@@ -142,6 +142,31 @@ def test_the_agent_answers_and_says_how(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == sum(len(step.output_token_ids or ()) for step in record.steps)
 
 
+def test_a_stream_carries_ids_and_logprobs(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"logprobs": True, "max_tokens": 12, "extra_body": {"return_token_ids": True}}
+    ask(client, "taught", **options)  # a prompt from the cache is rounded otherwise than a fresh one
+    whole = ask(client, "taught", **options)
+    with ask(client, "taught", stream=True, **options) as stream:
+        chunks = [chunk for chunk in stream if chunk.choices and chunk.choices[0].finish_reason]
+    (last,) = chunks
+    assert last.choices[0].token_ids == whole.choices[0].token_ids
+    assert last.prompt_token_ids == whole.prompt_token_ids
+    streamed, known = (it.logprobs.content for it in (last.choices[0], whole.choices[0]))
+    assert [it.token for it in streamed] == [it.token for it in known]
+    assert [it.logprob for it in streamed] == pytest.approx([it.logprob for it in known], abs=0.02)
+
+
+def test_a_stream_carries_the_trajectory(client: openai.OpenAI) -> None:
+    extra = {"agentkd": {"return_trajectory": True}}
+    with ask(client, "taught-agent", stream=True, extra_body=extra) as stream:
+        found = [chunk.agentkd for chunk in stream if getattr(chunk, "agentkd", None)]
+    (facts,) = found
+    record = Trajectory.model_validate(facts["trajectory"])
+    assert (record.answer, record.stop_reason.value) == ("42", "final_answer")
+    assert [step.code for step in record.steps] == ["print(6 * 7)", "final_answer(42)"]
+    assert all(step.output_token_ids and step.logprobs for step in record.steps)
+
+
 def test_the_agents_steps_come_as_events(client: openai.OpenAI) -> None:
     with ask(client, "taught-agent", stream=True) as stream:
         events = [chunk.agentkd_step for chunk in stream if hasattr(chunk, "agentkd_step")]
