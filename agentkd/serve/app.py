@@ -188,7 +188,7 @@ class _Work:
 
 
 async def _watch(http: Request, work: _Work) -> None:
-    """Note when the client hangs up, so that neither the engine goes on for nobody nor anyone waits for it."""
+    """Note when the client hangs up: the engine does not go on for nobody, and nobody waits for it."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
     work.cancel()

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -274,6 +275,21 @@ def test_megabytes_are_refused_at_once(client: openai.OpenAI, model: str) -> Non
         ask(client, model, messages=[{"role": "user", "content": "two " * 750_000}])
     assert caught.value.status_code in (400, 413)
     assert time.process_time() - began < 1.5, "nothing was tokenised"
+
+
+def test_what_the_prefix_cache_found_is_counted(client: openai.OpenAI, url: str) -> None:
+    def hits() -> float:
+        page = httpx.get(url.removesuffix("/v1") + "/metrics", timeout=30).text.splitlines()
+        counts = [line for line in page if line.startswith("agentkd_prefix_cache_hit_tokens_total{")]
+        return sum(float(line.rpartition(" ")[2]) for line in counts)
+
+    messages = [{"role": "user", "content": "two " * 500}]
+    ask(client, "taught", messages=messages, max_tokens=1)
+    before, deadline = hits(), time.monotonic() + 20
+    ask(client, "taught", messages=messages, max_tokens=1)
+    while hits() < before + 100 and time.monotonic() < deadline:
+        time.sleep(0.1)  # vLLM counts a moment later
+    assert hits() >= before + 100
 
 
 def test_an_unknown_model(client: openai.OpenAI) -> None:
