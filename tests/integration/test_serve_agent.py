@@ -216,6 +216,8 @@ def test_a_full_disk_does_not_keep_the_answer_back(
         answer = ask(client, "Say hello.")
         assert answer.choices[0].message.content == "hello"
         assert answer.agentkd["saved"] is False
+        page = httpx.get(str(client.base_url.join("/metrics"))).text
+        assert "agentkd_runs_lost_total 1.0" in page and "agentkd_runs_saved_total 0.0" in page
     assert "was not saved" in capsys.readouterr().err
 
 
