@@ -292,7 +292,9 @@ def _settings(config: AgentConfig, request: ChatRequest, options: AgentOptions) 
         sampler = None if options.actions == 1 else sampler
     seed = request.seed if options.seed is None else options.seed
     try:
-        router = config.router if options.router is None else parse_router(options.router)
+        router = config.router
+        if options.router is not None:
+            router = parse_router(options.router, saved=config.router)
     except ConfigError as exc:
         raise RequestError(str(exc), param="agentkd.router", code="invalid_value") from exc
     if seed is not None:

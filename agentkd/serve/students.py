@@ -203,5 +203,5 @@ def _agent_config(student: Student, config: ServeConfig) -> AgentConfig:
         sampler = (settings.sampler or SamplerConfig()).model_copy(update={"n": config.actions})
         changes["sampler"] = sampler if config.actions > 1 else None
     if config.router is not None:
-        changes["router"] = parse_router(config.router)
+        changes["router"] = parse_router(config.router, saved=settings.router)
     return settings.model_copy(update=changes)
