@@ -11,6 +11,7 @@ import torch
 from agentkd.distill.examples import Example
 from agentkd.distill.learner import Learner
 from agentkd.distill.ranks import rank
+from agentkd.distill.shard import gathered
 from agentkd.distill.workers import Contrast
 from agentkd.errors import TrainingError, boundary
 
@@ -69,23 +70,22 @@ class Best:
     def add(self, loss: float, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Take note of a loss; keep the parameters when there was none as low."""
         self.losses.append(loss)
-        if self.since or rank():  # the first process writes the student
+        if self.since:
+            return
+        kept = gathered([value.detach() for value in parameters])
+        if rank():  # the first process writes the student
             return
         partial = self.path.with_suffix(".partial")
         with boundary(TrainingError, f"writing {self.path}"):
-            torch.save([value.detach() for value in parameters], partial)
+            torch.save(kept, partial)
             partial.replace(self.path)
 
-    def restore(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Give the parameters the values of the best.
+    def values(self) -> list[torch.Tensor]:
+        """Of the parameters at the best, on the CPU.
 
         Raises:
             TrainingError: the file cannot be read.
         """
-        with (
-            boundary(TrainingError, f"reading {self.path}", "Remove the folder to start again."),
-            torch.no_grad(),
-        ):
-            kept = torch.load(self.path, map_location=parameters[0].device, weights_only=True)
-            for value, saved in zip(parameters, kept, strict=True):
-                value.copy_(saved)
+        with boundary(TrainingError, f"reading {self.path}", "Remove the folder to start again."):
+            kept: list[torch.Tensor] = torch.load(self.path, map_location="cpu", weights_only=True)
+        return kept

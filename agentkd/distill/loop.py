@@ -23,7 +23,8 @@ from agentkd.distill.held_out import Best, held_out_loss
 from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import make_objective
 from agentkd.distill.preference import PREFERENCES, make_preference
-from agentkd.distill.ranks import mine, of_the_first, rank, sum_over_ranks
+from agentkd.distill.ranks import mine, of_the_first, rank, sum_over_ranks, world
+from agentkd.distill.shard import gathered, plain_value, read_state, take_over_state
 from agentkd.distill.teacher import LocalTeacher
 from agentkd.distill.tracking import tracker
 from agentkd.distill.workers import Contrast, Goal, Workers, score_references, side_by_side
@@ -115,6 +116,7 @@ def run_training(
         everything = [*examples, *held_out]
         goal = replace(goal, contrast=_contrast(out, identity, learner, everything, negatives, config))
     begun = _restore(out, identity, parameters, optimizer)
+    _begin_together(begun, learner.device)
     rows = _rewind(out / "loss.jsonl", begun)
     best = Best(out / "best.pt", [row.held_out for row in rows if row.held_out is not None])
     with (
@@ -140,12 +142,13 @@ def run_training(
             track(row.model_dump(exclude={"step"}, exclude_none=True), row.step)
             if on_progress is not None:
                 on_progress(step + 1, steps, row.loss)
-            if (step + 1) % config.save_every == 0 and step + 1 < steps and not rank():
+            if (step + 1) % config.save_every == 0 and step + 1 < steps:
                 _save(out, identity, step + 1, parameters, optimizer)
+    last = None if best.losses else gathered([value.detach() for value in parameters])
     if not rank():
-        if best.losses:
-            best.restore(parameters)
-        _save_adapter(learner, out / ("model" if learner.whole else "adapter"))
+        _save_adapter(
+            learner, out / ("model" if learner.whole else "adapter"), best.values() if last is None else last
+        )
     return {**_summary(rows, learner), **_held_out(rows)}
 
 
@@ -231,9 +234,9 @@ def _step(
     for part, grads in workers.map(mine(workers.lay_out(batch, step)), weight, step, steps):
         loss += part
         _accumulate(parameters, grads)
-    loss = sum_over_ranks(parameters, loss)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    if not math.isfinite(norm.item()):
+    loss = sum_over_ranks(() if learner.sharded else parameters, loss, learner.device)
+    norm = plain_value(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    if not math.isfinite(norm):
         raise TrainingError(f"The gradient of step {step + 1} is not a number.", "Lower the learning rate.")
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -243,7 +246,7 @@ def _step(
         step=step + 1,
         loss=loss,
         learning_rate=rate,
-        grad_norm=norm.item(),
+        grad_norm=norm,
         tokens=sum(len(example.ids) for example in batch),
         targets=targets,
         seconds=round(time.perf_counter() - began, 3),
@@ -266,9 +269,11 @@ def _save(
     state = {
         "identity": identity,
         "step": step,
-        "parameters": [value.detach() for value in parameters],
-        "optimizer": optimizer.state_dict(),
+        "parameters": gathered([value.detach() for value in parameters]),
+        "optimizer": gathered(optimizer.state_dict()),
     }
+    if rank():
+        return
     # Through memory: torch would report a full disk as something else.
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -297,7 +302,7 @@ def _restore(
     for path in present:
         try:
             with boundary(TrainingError, f"reading {path}", again):
-                state = torch.load(path, map_location=parameters[0].device, weights_only=True)
+                state = read_state(path, parameters[0])
         except TrainingError as exc:
             if path == present[-1]:
                 raise
@@ -306,11 +311,17 @@ def _restore(
             break
     if state["identity"] != identity:
         raise ConfigError(f"{out} holds a training with other settings, data or base model.", again)
-    with boundary(TrainingError, f"taking over {path}", again), torch.no_grad():
-        for value, saved in zip(parameters, state["parameters"], strict=True):
-            value.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
+    with boundary(TrainingError, f"taking over {path}", again):
+        take_over_state(state, parameters, optimizer)
     return int(state["step"])
+
+
+def _begin_together(begun: int, device: torch.device) -> None:
+    """Wait until all processes have read the checkpoint: the first of them soon replaces it."""
+    if sum_over_ranks((), begun, device) != begun * world():
+        raise TrainingError(
+            "The processes do not go on from the same checkpoint.", "Choose an --out that all of them see."
+        )
 
 
 def _rewind(path: Path, steps: int) -> list[StepLog]:
@@ -322,11 +333,11 @@ def _rewind(path: Path, steps: int) -> list[StepLog]:
     return rows
 
 
-def _save_adapter(learner: Learner, folder: Path) -> None:
+def _save_adapter(learner: Learner, folder: Path, values: Sequence[torch.Tensor]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     with boundary(TrainingError, f"writing {folder}"):
         shutil.rmtree(partial, ignore_errors=True)
-        learner.save(partial)
+        learner.save(partial, values)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
 

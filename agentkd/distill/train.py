@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentkd.distill.adapters import check_adapter
+from agentkd.distill.adapters import check_adapter, check_shard
 from agentkd.distill.batches import hold_out
 from agentkd.distill.card import write_card
 from agentkd.distill.config import DistillConfig
@@ -24,6 +24,7 @@ from agentkd.distill.memory import (
     MIB,
     MemoryNeed,
     estimate_memory,
+    fits_as_a_whole,
     free_memory,
     refuse_too_little,
     told_what_to_lower,
@@ -66,10 +67,12 @@ def distill(
 
     Raises:
         DataError: nothing to learn from.
-        ConfigError: the base model or the parent will not do, or ``out`` holds other work.
+        ConfigError: the base model or the parent will not do, ``out`` holds other work, or one process is to
+            share the model out.
         TrainingError: the chat template will not do, or the loss is no longer a number.
     """
     config = config or DistillConfig()
+    check_shard(config, world())
     if not trajectories.is_file():
         raise DataError(f"There is no file {trajectories}.", "Check the path, or run: agentkd filter.")
     fingerprint = config.fingerprint(data_hash(trajectories, config.parent) + negatives_hash(config))
@@ -100,8 +103,8 @@ def distill(
         with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
             from agentkd.distill.loop import run_training
         check_adapter(config)
-        need = _memory(base, examples, config, say)
         with boundary(TrainingError, f"training {out}"), told_what_to_lower(config), group(out) as place:
+            need = _memory(base, examples, config, say)  # on the GPU that this process has in the group
             summary = run_training(base, learnt, config, place, identity, on_progress, held_out, negatives)
         if rank():
             raise SystemExit(0)  # the first process has all that is to be written
@@ -217,7 +220,13 @@ def _close(
     with boundary(TrainingError, f"writing {out}"):
         tokenizer.save_pretrained(str(out))
     write_json(out / "student.json", student.model_dump(mode="json"))
-    served = _served_parity(out, replays, config) if replays else None
+    served = None
+    if replays and not fits_as_a_whole(resolve_model(config.base), config, examples.examples):
+        log.warning(
+            "The student is larger than a GPU, and was not asked again: agentkd distill --check %s", out
+        )
+    elif replays:
+        served = _served_parity(out, replays, config)
     before = {"examples": len(examples.examples), "digest": identity["examples"]}
     write_parity(out, replays, before, served)
     write_manifest(
