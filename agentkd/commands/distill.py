@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
         "`agentkd distill kept.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --epochs 2 --lr 2e-4 --rank 64 "
         "--out student`\n\n"
         "`agentkd distill adapt/mix.jsonl --from student --out adapted`\n\n"
+        "`agentkd distill kept.jsonl --base ORG/LARGE --gpus 8 --shard --out student`\n\n"
         "`agentkd distill kept.jsonl --objective aft --negatives dropped.jsonl --out student`\n\n"
         "`agentkd distill kept.jsonl --teacher-model FOLDER --record-teacher teacher.jsonl`, then\n\n"
         "`agentkd distill kept.jsonl --objective first --teacher-logprobs teacher.jsonl --out student`\n\n"
@@ -116,6 +117,14 @@ def distill(
             min=1, help="Processes that train together, a GPU each; without GPUs they share the cores."
         ),
     ] = 1,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="With --gpus N: shard weights, gradients and optimiser over them (FSDP), for a model that does "
+            "not fit one GPU.",
+        ),
+    ] = False,
     seed: int = 0,
     more: Annotated[
         list[str] | None,
@@ -171,6 +180,7 @@ def distill(
         "patience": patience,
         "gradient_checkpointing": gradient_checkpointing,
         "track": track,
+        "shard": shard,
         "seed": seed,
     }
     config = DistillConfig(**settings, **_more(more or [], {*settings, *_SAID}))
@@ -184,8 +194,10 @@ def distill(
         return
     if out is None:
         raise ConfigError("No folder to write was given.", "Add --out student.")
+    from agentkd.distill.adapters import check_shard
     from agentkd.distill.ranks import start_ranks, world
 
+    check_shard(config, max(gpus, world()))
     if gpus > 1 and world() == 1:
         if code := start_ranks(gpus, sys.argv[1:]):
             raise typer.Exit(code)

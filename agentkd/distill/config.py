@@ -35,6 +35,7 @@ _NOT_IN_THE_RESULT = {
     "teacher_logprobs",
     "gradient_checkpointing",
     "track",
+    "shard",
 }
 
 
@@ -137,6 +138,9 @@ class DistillConfig(BaseModel):
     """Looks without a better held-out loss after which training ends; None goes on to the last step."""
     track: Literal["tensorboard", "trackio", "wandb"] | None = None
     """Where the figures of each step are sent as well; None sends them nowhere."""
+    shard: bool = False
+    """Share weights, gradients and optimiser out among the processes, see :mod:`agentkd.distill.shard`; for
+    a model that does not fit one GPU."""
 
     @field_validator("objective")
     @classmethod

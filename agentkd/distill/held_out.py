@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,10 +12,11 @@ from agentkd.distill.blame import no_number
 from agentkd.distill.examples import Example
 from agentkd.distill.learner import Learner
 from agentkd.distill.ranks import rank
+from agentkd.distill.shard import check_values, gathered
 from agentkd.distill.workers import Contrast
 from agentkd.errors import TrainingError, boundary
 
-__all__ = ["Best", "held_out_loss", "put_back"]
+__all__ = ["Best", "held_out_loss"]
 
 
 def held_out_loss(learner: Learner, examples: Sequence[Example], contrast: Contrast | None = None) -> float:
@@ -75,34 +75,23 @@ class Best:
     def add(self, loss: float, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Take note of a loss; keep the parameters when there was none as low."""
         self.losses.append(loss)
-        if self.since or rank():  # the first process writes the student
+        if self.since:
+            return
+        kept = gathered([value.detach() for value in parameters])
+        if rank():  # the first process writes the student
             return
         partial = self.path.with_suffix(".partial")
         with boundary(TrainingError, f"writing {self.path}"):
-            torch.save([value.detach() for value in parameters], partial)
+            torch.save(kept, partial)
             partial.replace(self.path)
 
-    def restore(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Give the parameters the values of the best.
+    def values(self, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """Of the parameters at the best, whole and on the CPU.
 
         Raises:
-            TrainingError: the file cannot be read.
+            TrainingError: the file cannot be read, or is of another model.
         """
-        with (
-            boundary(TrainingError, f"reading {self.path}", "Remove the folder to start again."),
-            torch.no_grad(),
-        ):
-            put_back(parameters, torch.load(self.path, map_location=parameters[0].device, weights_only=True))
-
-
-def put_back(parameters: Sequence[torch.nn.Parameter], saved: Any) -> None:
-    """Give the parameters the values that were saved of them.
-
-    Raises:
-        ValueError: they are those of another model.
-    """
-    shapes = [getattr(value, "shape", None) for value in saved] if isinstance(saved, list) else None
-    if shapes != [value.shape for value in parameters]:
-        raise ValueError("it does not hold the parameters that are trained here")
-    for value, kept in zip(parameters, saved, strict=True):
-        value.copy_(kept)
+        with boundary(TrainingError, f"reading {self.path}", "Remove the folder to start again."):
+            kept: list[torch.Tensor] = torch.load(self.path, map_location="cpu", weights_only=True)
+            check_values(kept, parameters)
+        return kept

@@ -21,10 +21,11 @@ from agentkd.distill.blame import no_number
 from agentkd.distill.choose import check_teacher, make_objective, make_preference, top_read
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
-from agentkd.distill.held_out import Best, held_out_loss, put_back
+from agentkd.distill.held_out import Best, held_out_loss
 from agentkd.distill.learner import Learner
-from agentkd.distill.ranks import mine, of_the_first, rank, sum_over_ranks
+from agentkd.distill.ranks import mine, of_the_first, rank, sum_over_ranks, world
 from agentkd.distill.recorded import RecordedTeacher
+from agentkd.distill.shard import check_values, gathered, plain_value, read_state, take_over_state
 from agentkd.distill.teacher import LocalTeacher, Teacher
 from agentkd.distill.tracking import tracker
 from agentkd.distill.workers import Contrast, Goal, Workers, score_references, side_by_side
@@ -118,6 +119,7 @@ def run_training(
         everything = [*examples, *held_out]
         goal = replace(goal, contrast=_contrast(out, identity, learner, everything, negatives, config))
     begun = _restore(out, identity, parameters, optimizer)
+    _begin_together(begun, learner.device)
     rows = _rewind(out / "loss.jsonl", begun)
     best = Best(out / "best.pt", [row.held_out for row in rows if row.held_out is not None])
     with (
@@ -143,12 +145,15 @@ def run_training(
             track(row.model_dump(exclude={"step"}, exclude_none=True), row.step)
             if on_progress is not None:
                 on_progress(step + 1, steps, row.loss)
-            if (step + 1) % config.save_every == 0 and step + 1 < steps and not rank():
+            if (step + 1) % config.save_every == 0 and step + 1 < steps:
                 _save(out, identity, step + 1, parameters, optimizer)
+    last = None if best.losses else gathered([value.detach() for value in parameters])
     if not rank():
-        if best.losses:
-            best.restore(parameters)
-        _save_adapter(learner, out / ("model" if learner.whole else "adapter"))
+        _save_adapter(
+            learner,
+            out / ("model" if learner.whole else "adapter"),
+            best.values(parameters) if last is None else last,
+        )
     return {**_summary(rows, learner), **_held_out(rows)}
 
 
@@ -220,13 +225,17 @@ def _step(
     for part, grads in workers.map(mine(workers.lay_out(batch, step)), weight, step, steps):
         loss += part
         _accumulate(parameters, grads)
-    loss = sum_over_ranks(parameters, loss)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    if not math.isfinite(norm.item()):
+    loss = sum_over_ranks(() if learner.sharded else parameters, loss, learner.device)
+    norm = plain_value(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    if not math.isfinite(norm):
 
         def finite(example: Example) -> bool:
-            found = workers.map(workers.lay_out([example], step), weight, step, steps)
-            return all(it is None or bool(it.isfinite().all()) for _, grads in found for it in grads)
+            optimizer.zero_grad(set_to_none=True)
+            units = workers.lay_out([example], step)
+            # Of a model that is shared out, nobody computes alone.
+            for _, grads in workers.map(mine(units) if learner.sharded else units, weight, step, steps):
+                _accumulate(parameters, grads)
+            return math.isfinite(plain_value(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
 
         raise no_number(f"The gradient of step {step + 1}", batch, finite)
     for group in optimizer.param_groups:
@@ -237,7 +246,7 @@ def _step(
         step=step + 1,
         loss=loss,
         learning_rate=rate,
-        grad_norm=norm.item(),
+        grad_norm=norm,
         tokens=sum(len(example.ids) for example in batch),
         targets=targets,
         seconds=round(time.perf_counter() - began, 3),
@@ -260,9 +269,11 @@ def _save(
     state = {
         "identity": identity,
         "step": step,
-        "parameters": [value.detach() for value in parameters],
-        "optimizer": optimizer.state_dict(),
+        "parameters": gathered([value.detach() for value in parameters]),
+        "optimizer": gathered(optimizer.state_dict()),
     }
+    if rank():
+        return
     # Through memory: torch would report a full disk as something else.
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -291,7 +302,7 @@ def _restore(
     for path in present:
         try:
             with boundary(TrainingError, f"reading {path}", again):
-                state = torch.load(path, map_location=parameters[0].device, weights_only=True)
+                state = read_state(path, parameters[0])
                 if not isinstance(state, dict) or (lacking := sorted(_STATE - state.keys())):
                     what = f"it has no {lacking[0]}" if isinstance(state, dict) else "it is something else"
                     raise ValueError(f"no checkpoint of a training: {what}")
@@ -303,10 +314,18 @@ def _restore(
             break
     if state["identity"] != identity:
         raise ConfigError(f"{out} holds a training with other settings, data or base model.", again)
-    with boundary(TrainingError, f"taking over {path}", again), torch.no_grad():
-        put_back(parameters, state["parameters"])
-        optimizer.load_state_dict(state["optimizer"])
+    with boundary(TrainingError, f"taking over {path}", again):
+        check_values(state["parameters"], parameters)
+        take_over_state(state, parameters, optimizer)
         return int(state["step"])
+
+
+def _begin_together(begun: int, device: torch.device) -> None:
+    """Wait until all processes have read the checkpoint: the first of them soon replaces it."""
+    if sum_over_ranks((), begun, device) != begun * world():
+        raise TrainingError(
+            "The processes do not go on from the same checkpoint.", "Choose an --out that all of them see."
+        )
 
 
 def _rewind(path: Path, steps: int) -> list[StepLog]:
@@ -318,11 +337,11 @@ def _rewind(path: Path, steps: int) -> list[StepLog]:
     return rows
 
 
-def _save_adapter(learner: Learner, folder: Path) -> None:
+def _save_adapter(learner: Learner, folder: Path, values: Sequence[torch.Tensor]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     with boundary(TrainingError, f"writing {folder}"):
         shutil.rmtree(partial, ignore_errors=True)
-        learner.save(partial)
+        learner.save(partial, values)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentkd.distill.adapters import check_adapter
+from agentkd.distill.adapters import check_adapter, check_shard
 from agentkd.distill.batches import hold_out
 from agentkd.distill.card import write_card
 from agentkd.distill.choose import make_preference
@@ -26,6 +26,7 @@ from agentkd.distill.memory import (
     MIB,
     MemoryNeed,
     estimate_memory,
+    fits_as_a_whole,
     free_memory,
     refuse_too_little,
     told_what_to_lower,
@@ -76,11 +77,13 @@ def distill(
 
     Raises:
         DataError: nothing to learn from.
-        ConfigError: base model, teacher or parent will not do, or ``out`` holds other work.
+        ConfigError: base model, teacher or parent will not do, ``out`` holds other work, or one process is to
+            share the model out.
         TrainingError: the chat template will not do, the loss is no longer a number, or the student is
             not served as it was trained.
     """
     config = config or DistillConfig()
+    check_shard(config, world())
     if not trajectories.is_file():
         raise DataError(f"There is no file {trajectories}.", "Check the path, or run: agentkd filter.")
     learnt_from = data_hash(trajectories, config.parent) + negatives_hash(config) + recorded_hash(config)
@@ -107,8 +110,8 @@ def distill(
         check_adapter(config)
         wrong = [it for several in (negatives or {}).values() for it in several]
         check_context(base, config, [*examples.examples, *wrong])
-        need = _memory(base, examples, config, say)
         with boundary(TrainingError, f"training {out}"), told_what_to_lower(config), group(out) as place:
+            need = _memory(base, examples, config, say)  # on the GPU that this process has in the group
             summary = run_training(base, learnt, config, place, identity, on_progress, held_out, negatives)
         if rank():
             raise SystemExit(0)  # the first process has all that is to be written
@@ -224,7 +227,13 @@ def _close(
     with boundary(TrainingError, f"writing {out}"):
         tokenizer.save_pretrained(str(out))
     write_json(out / "student.json", student.model_dump(mode="json"))
-    served = _served_parity(out, replays, config) if replays else None
+    served = None
+    if replays and not fits_as_a_whole(resolve_model(config.base), config, examples.examples):
+        log.warning(
+            "The student is larger than a GPU, and was not asked again: agentkd distill --check %s", out
+        )
+    elif replays:
+        served = _served_parity(out, replays, config)
     before = {"examples": len(examples.examples), "digest": identity["examples"]}
     write_parity(out, replays, before, served)
     if served is not None:

@@ -78,6 +78,20 @@ def test_full_training_gives_every_weight_its_gradient(tmp_path: Path) -> None:
         torch.testing.assert_close(grad, value.grad, rtol=2e-3, atol=2e-3 * value.grad.abs().max().item())
 
 
+@pytest.mark.parametrize("adapter", ["dora", "full"])
+def test_what_is_computed_in_bf16_has_the_gradients_of_fp32(tmp_path: Path, adapter: str) -> None:
+    """Layers that are not merged compute under autocast, their backward pass does not."""
+    folder = save_model(tmp_path)
+    (pack,) = pack_batch(examples(30, 50), 1000)
+    found = []
+    for precision in ("bf16", "fp32"):
+        made = learner(folder, DistillConfig(**{**PLAIN, "adapter": adapter, "precision": precision}))
+        found.append(torch.autograd.grad(made.losses(pack).sum(), made.parameters()))
+    for rough, fine in zip(*found, strict=True):
+        assert rough.dtype == torch.float32
+        torch.testing.assert_close(rough, fine, rtol=0, atol=0.1 * fine.abs().max().item())
+
+
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     folder = save_model(tmp_path)
     (pack,) = pack_batch(examples(30, 50), 1000)

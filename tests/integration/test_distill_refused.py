@@ -170,5 +170,5 @@ def test_damaged_best_parameters_are_told(tmp_path: Path, content: Any) -> None:
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(TrainingError, match=r"reading .*best\.pt") as caught:
-        Best(path, [1.0]).restore([torch.nn.Parameter(torch.ones(2))])
+        Best(path, [1.0]).values([torch.nn.Parameter(torch.ones(2))])
     assert "start again" in caught.value.hint
