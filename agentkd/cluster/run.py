@@ -238,7 +238,7 @@ def _gather(config: CollectConfig, place: Store, out: Path, outcomes: list[Outco
         scratch = Path(folder)
         runs = fetch_tries(place, scratch)
         if not any((run / _LOG).is_file() for run in runs):
-            _give_up(outcomes, problems)
+            _give_up(outcomes, problems or stopped)
         for name in INPUTS:
             place.get(name, runs[0] / name)
         for run in runs:
@@ -278,11 +278,11 @@ def _publish(merged: Path, place: Store, out: Path) -> None:
         place.remove(f"merged/{name}")
 
 
-def _give_up(outcomes: list[Outcome], problems: tuple[str, ...]) -> None:
+def _give_up(outcomes: list[Outcome], reasons: tuple[str, ...]) -> None:
     codes = {item.exit_code for item in outcomes if item.problem}
     error = ProviderError if codes == {ProviderError.exit_code} else AgentkdError
     raise error(
-        f"No shard finished anything; {problems[0] if problems else 'none was begun'}",
+        f"No shard finished anything; {reasons[0] if reasons else 'none was begun'}",
         "Mend that, then run the same command again.",
     )
 

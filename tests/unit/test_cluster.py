@@ -9,14 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from agentkd.agent_config import AgentConfig
+from agentkd.cli import app
 from agentkd.cluster import ClusterConfig, Store, collect_on_ray
 from agentkd.cluster.run import _bill, _gather, _prepare, _run
 from agentkd.cluster.shard import Outcome, run_shard
 from agentkd.cluster.store import Mirror
 from agentkd.collect import CollectConfig, TeacherConfig, collect, replay
-from agentkd.errors import ConfigError, ProviderError, StorageError
+from agentkd.errors import AgentkdError, ConfigError, ProviderError, StorageError
 from agentkd.first_thought import FirstThoughtConfig, load_first_thoughts
 from agentkd.gate import GateConfig
 from agentkd.prompt import FIRST_THOUGHT
@@ -208,6 +210,9 @@ def test_the_time_is_over_for_all_shards_at_once(tasks: Path, tmp_path: Path) ->
         first = run_shard(settings, url, 1, 2, 5.0, time.time() + 7200)
         late = run_shard(settings, url, 2, 2, 5.0, time.time() - 1)
         done = _gather(settings, Store(url), tmp_path / "out", [first, late])
+        _prepare(settings, Store(f"{url}2"), ClusterConfig(shards=2))
+        with pytest.raises(AgentkdError, match=r"No shard finished anything; shard 2: --max-hours 2\.0"):
+            _gather(settings, Store(f"{url}2"), tmp_path / "nothing", [late])
     assert (first.stopped, late.stopped) == (None, "--max-hours 2.0")
     assert done.stopped == ("shard 2: --max-hours 2.0",)
     assert 0 < done.missing < COUNT
@@ -337,3 +342,13 @@ def test_what_was_gone_on_with_on_this_machine_is_kept(tasks: Path, tmp_path: Pa
         assert _bill(settings, {}, tmp_path / "out")["spent"].usage == local.spent.usage
         with pytest.raises(ConfigError, match="other tasks"):
             collect_on_ray(settings.model_copy(update={"n": 3}), tmp_path / "out", url)
+
+
+def test_an_estimate_needs_no_cluster_and_a_comparison_has_none(tasks: Path, tmp_path: Path) -> None:
+    command = ["collect", "--engine", "ray", "--tasks", str(tasks), "--out", str(tmp_path / "out")]
+    command += ["--api-base", "http://127.0.0.1:9/v1", "--model", "fake", "--sandbox", "local"]
+    done = CliRunner().invoke(app, [*command, "--estimate", "--json"], catch_exceptions=False)
+    assert json.loads(done.stdout)["rollouts"] == COUNT
+    with pytest.raises(ConfigError, match="--compare and --engine ray exclude"):
+        CliRunner().invoke(app, [*command, "--first-thought", "--compare"], catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
