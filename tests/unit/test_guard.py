@@ -556,6 +556,30 @@ def test_it_is_not_ready_while_an_engine_starts_again() -> None:
         assert metric(client, 'agentkd_engine_restarts_total{model="talker"}') == 1
 
 
+def test_what_has_come_meanwhile_is_written_together() -> None:
+    from agentkd.serve import ChatChoice, ChatRequest, ChatResult
+    from agentkd.serve.app import _Piece, _stream, _Work
+    from agentkd.serve.served import Served
+
+    words = [f"word{number} " for number in range(200)]
+
+    async def play() -> list[str]:
+        request = ChatRequest.model_validate({**body(), "stream": True})
+        work = _Work(Talker(), request, Served())
+        for word in words[1:]:
+            work.events.put_nowait(_Piece(0, word))
+        work.events.put_nowait(ChatResult((ChatChoice("".join(words) + "end", "stop"),), 1, 1))
+        return [block async for block in _stream(work, _Piece(0, words[0]))]
+
+    blocks = asyncio.run(play())
+    assert len(blocks) < 10
+    lines = [line for line in "".join(blocks).split("\n\n") if line]
+    assert lines.pop() == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+    assert [it["delta"].get("content") for it in chunks] == ["", *words, "end", None]
+    assert chunks[-1]["finish_reason"] == "stop"
+
+
 def test_two_models_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="called talker"):
         create_app([Talker(), Talker()])
