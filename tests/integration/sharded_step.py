@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from agentkd.distill.choose import make_objective
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.learner import Learner
 from agentkd.distill.loop import _accumulate
-from agentkd.distill.objectives import make_objective
 from agentkd.distill.ranks import group, mine, rank, sum_over_ranks
 from agentkd.distill.shard import gathered, part_of, plain_value
 from agentkd.distill.workers import Goal, side_by_side
@@ -36,7 +36,7 @@ def one_step(base: str, settings: dict[str, Any], lengths: list[int]) -> dict[st
                 value.copy_(part_of(torch.randn(value.shape) / 10, value))
     made.refresh()
     batch = examples(*lengths)
-    objective = make_objective(config.objective, share=1.0, mask_rate=config.mask_rate, mask_id=0)
+    objective = make_objective(config)
     loss = 0.0
     with side_by_side(made, config, Goal(objective)) as workers:
         units = mine(workers.lay_out(batch, 0))
