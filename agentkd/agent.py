@@ -27,13 +27,13 @@ from agentkd.router import Decision, Router, RouterConfig
 from agentkd.sampler import Sampled, Sampler, run_action
 from agentkd.sandbox import Outcome, Sandbox, open_sandbox
 from agentkd.telemetry import choice_span
-from agentkd.tool_use import is_direct
+from agentkd.tool_use import without_tools
 from agentkd.trajectory import Context, Failure, FirstThought, Mode, Step
 
 __all__ = ["RolloutCancelled", "RolloutTimeout", "StepAgent", "build_agent"]
 
 NO_CODE = 'No code block was found. Write "Thought:" and then one ```python block.'
-NOT_DIRECT = "Answer directly: nothing but final_answer(value), with the value written out."
+NOT_DIRECT = "Answer directly, without tools: final_answer(value), with the value written out."
 NO_ANSWER = 'No line "Answer: <answer>" was found.'
 CONTINUE = {"add_generation_prompt": False, "continue_final_message": True}
 """What vLLM, and servers that follow it, take for: go on with the final message."""
@@ -177,7 +177,7 @@ class StepAgent(CodeAgent):
             return drafts, [self._parse(draft.raw) for draft in drafts]
 
         self.mode = "allowed"
-        decision = router.decide(ask)
+        decision = router.decide(ask, self._direct)
         self.mode = decision.mode
         draw = draws.pop(decision.mode, None) or self._draw()
         for other in draws.values():
@@ -237,16 +237,15 @@ class StepAgent(CodeAgent):
             parsed = self._parse(draft.raw)
         route = None
         if decision is not None and self.router is not None:
-            route = decision.record(self.router.kind, draft, parsed)
+            route = decision.record(self.router.kind, draft, parsed, self._direct)
         candidates = sampled.candidates if sampled is not None else ()
         step = self._new_step(memory_step, draw, draft, parsed).model_copy(
             update={"route": route, "candidates": candidates}
         )
+        if self.mode == "direct":
+            self.step_number = self.max_steps  # an answer without tools is one step, and this is it
         if parsed.code is None:
-            problem = NO_CODE
-            if self.mode == "direct":
-                problem = NOT_DIRECT
-                self.step_number = self.max_steps  # a direct answer is one step, and this was it
+            problem = NOT_DIRECT if self.mode == "direct" else NO_CODE
             self._fail(memory_step, step, "parse", problem, "")
             raise AgentParsingError(problem, self.logger)
         if self.watch is not None:
@@ -268,9 +267,13 @@ class StepAgent(CodeAgent):
         if given is not None:
             raw = given.prefix + raw if given.via == "prefill" else prompts.joined(given.prefix, raw)
         parsed = parse_action(raw)
-        if self.mode == "direct" and not is_direct(parsed.code):
-            return parsed._replace(code=None)  # no tools means that nothing is run
+        if self.mode == "direct" and not self._direct(parsed.code):
+            return parsed._replace(code=None)  # no tools means that what uses one is not run
         return parsed
+
+    def _direct(self, code: str | None) -> bool:
+        """Whether code uses nothing of what counts as a tool."""
+        return without_tools(code, self.router.tools if self.router else "both", self.tools)
 
     def _outcome(self, memory_step: ActionStep, step: Step, outcome: Outcome) -> ActionOutput:
         if outcome.error is not None:

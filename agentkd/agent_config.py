@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from agentkd.retrieval import Retriever
 from agentkd.router import RouterConfig, make_router
 from agentkd.sampler import SamplerConfig, SelfConsistentSampler
-from agentkd.sandbox import DEFAULT_BACKEND
+from agentkd.sandbox import DEFAULT_BACKEND, Sandbox
 from agentkd.task import Task
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def agent_factory(
     gate: Gate | None = None,
     temperatures: Sequence[float] = (),
     seed: int | None = None,
+    sandbox: Sandbox | None = None,
 ) -> Callable[[Task, int], StepAgent]:
     """A function that makes a fresh agent for ``(task, sample)``; the model is shared by all.
 
@@ -90,6 +91,7 @@ def agent_factory(
         gate: what stands before the endpoint; one of its own by default.
         temperatures: of the samples of a task, in turn; the one of ``config`` by default.
         seed: of what the model samples, where it takes one.
+        sandbox: a session for the one agent that is made, instead of one of its own.
     """
     from agentkd.agent import build_agent
 
@@ -106,7 +108,7 @@ def agent_factory(
             tools,
             kind=config.kind,
             prompt=config.prompt,
-            sandbox=config.sandbox,
+            sandbox=config.sandbox if sandbox is None else sandbox,
             imports=config.imports,
             max_steps=config.max_steps,
             action_timeout=config.action_seconds,

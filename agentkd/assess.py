@@ -21,6 +21,7 @@ from agentkd.spend import Price, load_prices, published_price
 from agentkd.task import Task
 from agentkd.taskset import load_taskset
 from agentkd.test_time import TestTime, load_test_time, save_test_time
+from agentkd.tool_use import check_tool_kind
 
 __all__ = ["ALL_ROUTERS", "assess"]
 
@@ -47,6 +48,7 @@ def assess(
     router: str | None,
     target_tokens: float | None,
     save: bool,
+    tools: str | None = None,
     runs: int = 1,
     prices: Path | None = None,
     trained_on: Path | None = None,
@@ -55,7 +57,9 @@ def assess(
     """What ``agentkd evaluate`` does; returns the figures and a table of them.
 
     Args:
-        actions, router: sampler and router instead of those in the student's folder.
+        actions, router: instead of those in the student's folder. What they do not name is as it is there
+            (of a router: where it is of the same kind).
+        tools: what counts as a tool for the router, see :data:`agentkd.tool_use.ToolKind`.
         target_tokens: with ``router="all"``, what a question may cost on average.
         save: keep the sampler and the router, the tuned one if all were compared, in that folder.
         runs: of each task, each with a seed of its own.
@@ -82,10 +86,11 @@ def assess(
         raise ConfigError("Only a student's folder keeps settings.", "Leave --save-test-time out.")
     if target_tokens is not None and not compare:
         raise ConfigError("A target is for choosing among routers.", "Add --router all.")
-    test_time = _test_time(student, actions, None if compare else router, seed)
+    test_time = _test_time(student, actions, router, tools, seed)
     label = Path(student).resolve().name if student else str(model)
     found_twice = None if trained_on is None else _overlap(trained_on, taskset.tasks)
     same = _same(student, model, kind, temperature=temperature, max_tokens=max_tokens)
+    same |= test_time.model_dump(mode="json")
 
     def opened() -> AbstractContextManager[tuple[AgentConfig, Any]]:
         asked = (kind, sandbox, temperature, max_tokens)
@@ -93,7 +98,12 @@ def assess(
             return _student(student, asked, test_time)
         return _endpoint(api_base, model, api_key, asked, test_time)
 
-    shared: dict[str, Any] = {"retriever": retriever, "workers": workers, "on_progress": on_progress}
+    shared: dict[str, Any] = {
+        "retriever": retriever,
+        "workers": workers,
+        "same": same,
+        "on_progress": on_progress,
+    }
     with ExitStack() as stack:
         system: list[tuple[AgentConfig, Any]] = []
 
@@ -110,7 +120,6 @@ def assess(
                 taskset.tasks,
                 source,
                 out,
-                same=same | test_time.model_dump(mode="json"),
                 samples=runs,
                 seed=seed,
                 prices=_prices(prices, model, api_base),
@@ -121,9 +130,8 @@ def assess(
             if save:
                 save_test_time(str(student), test_time)
             return result, comparison_table([result])
-        config = RouterConfig(seed=seed)
-        found = compare_routers(label, taskset.tasks, source, out, config=config, same=same, **shared)
-    tuned = tuned_router(found, target_tokens, config)
+        found = compare_routers(label, taskset.tasks, source, out, config=test_time.router, **shared)
+    tuned = tuned_router(found, target_tokens, test_time.router)
     if save:
         save_test_time(str(student), test_time.model_copy(update={"router": tuned}))
     return found, routing_table(found, tuned)
@@ -155,15 +163,30 @@ def _overlap(trained_on: Path, tasks: Sequence[Task]) -> list[Overlap]:
     return overlaps([run.task for run in read_trajectories(path)], tasks)
 
 
-def _test_time(student: str | None, actions: int | None, router: str | None, seed: int) -> TestTime:
-    """What the student's folder says, but for what is said here."""
-    settings = TestTime() if student is None else load_test_time(student)
+def _test_time(
+    student: str | None, actions: int | None, router: str | None, tools: str | None, seed: int
+) -> TestTime:
+    """What the student's folder says, but for what is said here.
+
+    Where routers are compared, the router has what they share: the seed, and what counts as a tool.
+    """
+    saved = TestTime() if student is None else load_test_time(student)
+    sampler, routing = saved.sampler, saved.router
     if actions is not None:
-        sampler = SamplerConfig(n=actions, seed=seed) if actions > 1 else None
-        settings = settings.model_copy(update={"sampler": sampler})
-    if router is not None:
-        settings = settings.model_copy(update={"router": parse_router(router, seed)})
-    return settings
+        sampler = (sampler or SamplerConfig()).model_copy(update={"n": actions, "seed": seed})
+        sampler = sampler if actions > 1 else None
+    if router == ALL_ROUTERS:
+        routing = RouterConfig(seed=seed, tools=routing.tools if routing else "both")
+    elif router is not None:
+        routing = parse_router(router, seed, routing)
+    if tools is not None:
+        check_tool_kind(tools)
+        if routing is None:
+            raise ConfigError(
+                "Only a router asks what counts as a tool.", "Add --router, or leave --tools out."
+            )
+        routing = routing.model_copy(update={"tools": tools})
+    return TestTime(sampler=sampler, router=routing)
 
 
 _Asked = tuple[str | None, str, float, int]

@@ -16,7 +16,11 @@ from pydantic import BaseModel, ConfigDict
 from agentkd.record import iter_jsonl
 from agentkd.trajectory import Usage
 
-__all__ = ["Call", "Past", "call_log", "iter_calls", "read_past"]
+__all__ = ["VOID", "Call", "Past", "call_log", "iter_calls", "read_past"]
+
+
+VOID = -1
+"""``Call.restart`` of a call that another run made for a rollout whose calls were taken from elsewhere."""
 
 
 class Call(BaseModel):
@@ -27,7 +31,8 @@ class Call(BaseModel):
     rollout: str
     """Id of the trajectory: ``{task id}#{sample}``."""
     restart: int = 0
-    """How often the rollout had begun anew; calls of earlier beginnings are void (but were paid)."""
+    """How often the rollout had begun anew; calls of earlier beginnings are void (but were paid), and so
+    are those of ``VOID``."""
     kind: Literal["begin", "model", "tool", "code", "try", "commit", "restart", "end"]
     """"begin" has the settings of a start, "code" the outcome of one action; "try" the outcome of one
     candidate for an action, and "commit" the tools that the chosen one used; "restart" voids what was

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,16 +22,16 @@ from pydantic import BaseModel
 from agentkd.agent import StepAgent
 from agentkd.calls import Call, Past, call_log
 from agentkd.gate import Fault
-from agentkd.record import AppendLog
+from agentkd.record import AppendLog, iter_jsonl
 from agentkd.recorder import Diverged, Recorder
 from agentkd.rollout import rollout
 from agentkd.secret import Redactor
 from agentkd.spend import Ledger
 from agentkd.task import Task
 from agentkd.telemetry import start_telemetry
-from agentkd.trajectory import StopReason, Trajectory
+from agentkd.trajectory import StopReason, Trajectory, Usage
 
-__all__ = ["Crew", "Done", "FaultNote", "Notice", "Outfit", "Seat", "ThreadCrew", "Work"]
+__all__ = ["Crew", "Done", "FaultNote", "Notice", "Outfit", "Seat", "ThreadCrew", "Work", "iter_faults"]
 
 BROKEN_AFTER = 3
 """Provider errors in a row after which a seat rests, when there are others."""
@@ -70,8 +70,8 @@ class Outfit(NamedTuple):
 
     share: int
     """Processes that divide the limits of an endpoint among them."""
-    on_fault: Callable[[str, Fault, str, float | None], None]
-    """Notes a failed call: endpoint, fault, message, seconds until the next try."""
+    on_fault: Callable[[str, str, Fault, str, float | None], None]
+    """Notes a failed call: endpoint, model, fault, message, seconds until the next try."""
     check: Callable[[], None]
     """Raises when the limits of the run allow no further call."""
     on_wait: Callable[[str, str, float], None]
@@ -91,6 +91,16 @@ class FaultNote(BaseModel):
     message: str
     wait: float | None
     """Seconds until it was tried again; None when it was not."""
+    model: str = ""
+    """Who was asked."""
+    usage: Usage | None = None
+    """Tokens of an answer that was of no use; they are in the bill."""
+
+
+def iter_faults(folder: Path) -> Iterator[FaultNote]:
+    """All failed calls of a run, whichever process noted them; torn last lines are passed over."""
+    for path in sorted(folder.glob("faults-*.jsonl")):
+        yield from iter_jsonl(path, FaultNote, skip_torn=True)
 
 
 class Work(NamedTuple):
@@ -263,6 +273,8 @@ class ThreadCrew:
             labels = {**seat.labels, "restarted": past.reason} if past.restart else seat.labels
             recorder = Recorder(work.id, self._write, past, meter=self.ledger, redactor=self.redactor)
             agent = seat.make_agent(work.task, work.sample)
+            if hasattr(agent.sandbox, "ends_with_answer"):
+                agent.sandbox.ends_with_answer = True  # it is closed below
             try:
                 trajectory = rollout(
                     agent,
@@ -283,7 +295,9 @@ class ThreadCrew:
         if self._log is not None:
             self._log.append(call, wait=wait)
 
-    def _note_fault(self, endpoint: str, fault: Fault, message: str, wait: float | None) -> None:
+    def _note_fault(self, endpoint: str, model: str, fault: Fault, message: str, wait: float | None) -> None:
+        if fault.usage is not None:
+            self.ledger.add(model, fault.usage, 0.0, calls=0)  # its seconds are those of the next try
         if self._closed:
             return
         message = self.redactor.text(message)[:500]
@@ -296,6 +310,8 @@ class ThreadCrew:
                 what=fault.what,
                 message=message,
                 wait=wait,
+                model=model,
+                usage=fault.usage,
             )
             self._faults.append(note, wait=False)
 

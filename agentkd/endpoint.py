@@ -26,12 +26,14 @@ from smolagents.monitoring import TokenUsage
 
 from agentkd.errors import ProviderError
 from agentkd.gate import Fault, Gate
+from agentkd.model import token_usage
+from agentkd.trajectory import Usage
 
 if TYPE_CHECKING:
     import openai
     from openai import OpenAI
 
-__all__ = ["CHARACTERS_PER_TOKEN", "EndpointModel", "as_object"]
+__all__ = ["CHARACTERS_PER_TOKEN", "EndpointModel", "UselessAnswerError", "as_object"]
 
 CHARACTERS_PER_TOKEN = 4
 """For the tokens of servers that do not count."""
@@ -40,8 +42,13 @@ TEMPLATE_TOKENS, TEMPLATE_TOKENS_A_MESSAGE = 4096, 64
 HIDDEN_TOKENS = 65536
 """Sampled tokens of one answer that it may not show (reasoning), beside what it shows."""
 
-
 PATH = "/chat/completions"
+
+
+class UselessAnswerError(ProviderError):
+    """An answer that is none; ``usage`` is what the endpoint will ask to be paid for it."""
+
+    usage: Usage | None = None
 
 
 class _Line:
@@ -168,15 +175,19 @@ class EndpointModel(OpenAIModel):
         )
 
         def send() -> ChatMessage:
-            answer = _checked(self._post(dict(request)))
-            if why := _impossible(answer, request):
-                answer.token_usage = None
-                self.gate.note(Fault("usage", "wrong usage"), why)
+            answer = _checked(self._possible(self._post(dict(request)), request))
             if stop_sequences is not None and not self.supports_stop_parameter:
                 answer.content = remove_content_after_stop_sequences(answer.content, stop_sequences)
             return answer
 
         return self.gate.call(send, _tokens, lambda: _guess(request))
+
+    def _possible(self, response: Any, request: dict[str, Any]) -> Any:
+        """The response, without its token counts where they cannot be, which is noted."""
+        if why := _impossible(response, request):
+            self.gate.note(Fault("usage", "wrong usage"), why)
+            response.usage = None
+        return response
 
     def _prepare_completion_kwargs(self, messages: list[Any], **options: Any) -> dict[str, Any]:
         """What smolagents makes of a call, but for two things.
@@ -246,20 +257,29 @@ def _checked(response: Any) -> ChatMessage:
     """The answer, if it is one.
 
     Raises:
-        ProviderError: it is no chat completion, has no choice, or a choice without text.
+        UselessAnswerError: it is no chat completion, has no choice, or a choice without text.
     """
     choices = getattr(response, "choices", None)
     if not isinstance(choices, list):
-        raise ProviderError(
+        raise _useless(
+            response,
             "The endpoint's answer is not a chat completion: it has no choices.",
             "Check --api-base: it must be an OpenAI-compatible endpoint, ending in /v1.",
         )
     if not choices:
-        raise ProviderError("The endpoint's answer has an empty list of choices.")
+        raise _useless(response, "The endpoint's answer has an empty list of choices.")
     text = getattr(getattr(choices[0], "message", None), "content", None)
     if not isinstance(text, str):
-        raise ProviderError("The endpoint answered without text.")
+        raise _useless(response, "The endpoint answered without text.")
     return ChatMessage(role=MessageRole.ASSISTANT, content=text, raw=response, token_usage=_usage(response))
+
+
+def _useless(response: Any, message: str, hint: str = "") -> UselessAnswerError:
+    error, used = UselessAnswerError(message, hint), _usage(response)
+    if used is not None:
+        answer = ChatMessage(role=MessageRole.ASSISTANT, content=None, raw=response, token_usage=used)
+        error.usage = token_usage(answer)
+    return error
 
 
 def _usage(response: Any) -> TokenUsage | None:
@@ -276,13 +296,13 @@ def _tokens(answer: ChatMessage) -> int | None:
     return used.input_tokens + used.output_tokens if used is not None else None
 
 
-def _impossible(answer: ChatMessage, request: dict[str, Any]) -> str:
-    """Why the counts of an answer cannot be, in words; "" where they can.
+def _impossible(response: Any, request: dict[str, Any]) -> str:
+    """Why the counts of an answer cannot be, in words; "" where they can, or are none.
 
     A token is at least one byte of text, but for what template and provider add to a prompt, and for
     what a model samples and does not show.
     """
-    used = answer.token_usage
+    used = _usage(response)
     if used is None:
         return ""
     count = max(1, request.get("n") or 1)
@@ -293,7 +313,7 @@ def _impossible(answer: ChatMessage, request: dict[str, Any]) -> str:
     limit = request.get("max_completion_tokens") or request.get("max_tokens") or 0
     most = count * max(limit, HIDDEN_TOKENS)
     if used.output_tokens > most:
-        said = [str(getattr(choice, "message", "")) for choice in answer.raw.choices]
+        said = [str(getattr(choice, "message", "")) for choice in getattr(response, "choices", None) or ()]
         if used.output_tokens > most + _bytes(said):
             return f"{used.output_tokens} sampled tokens of {_bytes(said)} bytes"
     return ""

@@ -55,8 +55,9 @@ _PROBE = (
 )
 
 Make = Callable[[Task, int], "StepAgent"]
-Run = Callable[[Sequence[Task], AgentConfig, Path], object]
-"""Runs the rollouts that a file does not have yet: (tasks, settings of the agents, file)."""
+Run = Callable[[Sequence[Task], AgentConfig, Path], str | None]
+"""Runs the rollouts that a file does not have yet: (tasks, settings of the agents, file). Gives the
+limit that ended them early, in words."""
 
 
 class FirstThoughtConfig(BaseModel):
@@ -105,6 +106,8 @@ class FirstThoughts(NamedTuple):
     lines: Mapping[str, Prefix]
     """By task id; a task whose chain of thought has not been had yet is not in it."""
     via: Literal["prefill", "instruction"]
+    stopped: str | None = None
+    """The limit that ended the pass before all chains of thought were had, in words."""
 
     @property
     def used(self) -> int:
@@ -170,19 +173,19 @@ def collect_first_thoughts(
 
     Raises:
         ConfigError: the endpoints take prefixes in another way than when the run began.
-        DataError: no chain of thought gives a prefix.
+        DataError: no chain of thought gives a prefix, although all of them were had.
         ProviderError: an endpoint is dead or keeps failing; what is finished is kept.
     """
     folder = out / FOLDER
     ways = [probe_continuation(agent) for agent in agents]
     how = _same_way(folder / "endpoint.json", min(ways, key=lambda way: way.via))  # "instruction" comes first
     log = first_thought_log(out)
-    run(tasks, cot_agent(agents[0], config), log)
+    stopped = run(tasks, cot_agent(agents[0], config), log)
     thoughts = {item.task.id: item for item in read_trajectories(log)}
     lines = [prefix_of(thoughts[task.id], config) for task in tasks if task.id in thoughts]
     write_jsonl(folder / "prefixes.jsonl", lines)
-    found = FirstThoughts({line.task: line for line in lines}, how.via)
-    if not found.used:
+    found = FirstThoughts({line.task: line for line in lines}, how.via, stopped)
+    if not found.used and stopped is None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in found.dropped.most_common())
         raise DataError(
             f"None of {len(lines)} chains of thought gives a first thought ({reasons}).",

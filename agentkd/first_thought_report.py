@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from agentkd.collect import CollectConfig, Collected, collect
+from agentkd.collect import CollectConfig, Collected, Estimate, collect, expect, price_table
 from agentkd.errors import ConfigError
 from agentkd.evaluate import Cell, PairedDifference, paired_difference, summarise
 from agentkd.expert import EXPERT_LABEL
 from agentkd.first_thought import FOLDER, FirstThoughts
 from agentkd.record import provenance, read_trajectories, write_json, write_text
-from agentkd.rollouts import Progress
+from agentkd.rollouts import Progress, count_past
+from agentkd.spend import Ledger
 from agentkd.trajectory import Trajectory
 
-__all__ = ["compare_first_thoughts"]
+__all__ = ["compare_first_thoughts", "expect_comparison"]
 
 WITHOUT = "without-first-thought"
 _PROGRAM = (
@@ -37,7 +39,8 @@ def compare_first_thoughts(
     """Collect with first thoughts, then without, and report both on the tasks that both finished.
 
     The run without is kept in a folder of its own, ``OUT/without-first-thought``; the report is
-    ``OUT/first-thought.md`` and ``.json``. All of it goes on where it stopped.
+    ``OUT/first-thought.md`` and ``.json``. All of it goes on where it stopped. Both runs share the
+    budget, and each manifest has what its own run has spent.
 
     Args:
         config: settings of the run with first thoughts.
@@ -46,16 +49,19 @@ def compare_first_thoughts(
         on_plain: told of each rollout without a first thought.
 
     Returns:
-        The run with first thoughts.
+        The run with first thoughts, with the bill, the faults and the limit of both, and what is
+        missing in both.
 
     Raises:
         ConfigError: the settings have no first thoughts.
         AgentkdError: as :func:`agentkd.collect.collect`.
     """
-    if config.first_thought is None:
-        raise ConfigError("There is nothing to compare.", "Use --compare together with --first-thought.")
-    given = collect(config, out, on_progress, on_first_thought)
-    plain = collect(config.model_copy(update={"first_thought": None}), out / WITHOUT, on_plain)
+    without, prices = _without(config), price_table(config)
+    before = Ledger(prices=prices)
+    count_past(out / WITHOUT, before)
+    ledger = Ledger(config.budget, prices, others=before.spent())
+    given = collect(config, out, on_progress, on_first_thought, ledger)
+    plain = collect(without, out / WITHOUT, on_plain, ledger=ledger.after(given.spent))
     assert given.first_thoughts is not None
     thoughts = read_trajectories(out / FOLDER / "trajectories.jsonl")
     figures = _figures(given.trajectories, plain.trajectories, thoughts, given.first_thoughts)
@@ -64,7 +70,28 @@ def compare_first_thoughts(
     figures |= provenance()
     write_json(out / "first-thought.json", figures)
     write_text(out / "first-thought.md", _markdown(figures))
-    return given
+    return given._replace(
+        wanted=given.wanted + plain.missing,
+        spent=given.spent.plus(plain.spent),
+        faults=dict((Counter(given.faults) + Counter(plain.faults)).most_common()),
+        stopped=given.stopped or plain.stopped,
+    )
+
+
+def expect_comparison(config: CollectConfig, out: Path) -> Estimate:
+    """What is left of both runs will cost; see :func:`agentkd.collect.expect`.
+
+    Raises:
+        ConfigError: as :func:`compare_first_thoughts`.
+    """
+    without = _without(config)
+    return expect(config, out).plus(expect(without, out / WITHOUT))
+
+
+def _without(config: CollectConfig) -> CollectConfig:
+    if config.first_thought is None:
+        raise ConfigError("There is nothing to compare.", "Use --compare together with --first-thought.")
+    return config.model_copy(update={"first_thought": None})
 
 
 def _figures(

@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from agentkd.trajectory import Usage
+
 __all__ = ["Fault", "Gate", "GateConfig", "Level"]
 
 T = TypeVar("T")
@@ -76,6 +78,8 @@ class Fault(NamedTuple):
     """Short name for counting: "429", "timeout", "connection", "garbage"."""
     retry_after: float | None = None
     """Seconds, where the endpoint says so."""
+    usage: Usage | None = None
+    """Tokens of an answer that was of no use: they are paid for all the same."""
 
 
 class Level:

@@ -139,7 +139,8 @@ def fault_of(exc: Exception) -> Fault:
         exc, (ProviderError, openai.APIError, ValueError)
     ):
         return Fault("final", type(exc).__name__)
-    return Fault("transient", "garbage")  # truncated, empty, or no JSON at all: seen from overloaded proxies
+    # Truncated, empty, or no JSON at all: seen from overloaded proxies.
+    return Fault("transient", "garbage", usage=getattr(exc, "usage", None))
 
 
 def _retry_after(headers: Any) -> float | None:

@@ -86,7 +86,7 @@ class _Member:
         """Wait until it is ready; returns its capacity."""
         try:
             first = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise AgentkdError("A worker process ended at its start.", "Is there enough memory?") from None
         if isinstance(first, AgentkdError):
             raise first
@@ -96,7 +96,10 @@ class _Member:
     def submit(self, work: Work) -> None:
         with self._lock:
             self.doing[work.id] = work
-        self._pipe.send(work)
+        try:
+            self._pipe.send(work)
+        except OSError:
+            raise _gone() from None
 
     def _listen(self, ready: queue.SimpleQueue[Done | Notice]) -> None:
         while True:
@@ -113,13 +116,9 @@ class _Member:
             trajectory = Trajectory.model_validate_json(line) if line is not None else None
             ready.put(Done(work, trajectory, past, error))
         if not self._closed:
-            gone = AgentkdError(
-                "A worker process has ended unexpectedly.",
-                "Was it killed for want of memory? Run the same command again to go on.",
-            )
             with self._lock:
                 for work in self.doing.values():
-                    ready.put(Done(work, None, work.past, gone))
+                    ready.put(Done(work, None, work.past, _gone()))
 
     def close(self) -> None:
         self._closed = True
@@ -129,6 +128,13 @@ class _Member:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+def _gone() -> AgentkdError:
+    return AgentkdError(
+        "A worker process has ended unexpectedly.",
+        "Was it killed for want of memory? Run the same command again to go on.",
+    )
 
 
 def _work(pipe: Any, seats: list[Seat], folder: Path | None, options: dict[str, Any]) -> None:

@@ -134,7 +134,10 @@ def write_text(path: Path, text: str) -> None:
     with boundary(StorageError, f"writing {path}", _WRITE_HINT):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure may leave the new name with nothing behind it
         partial.replace(path)
 
 
@@ -155,7 +158,8 @@ class AppendLog:
 
     On opening, a torn last line is cut off, and the file is locked so that a second writer is
     refused; the lock goes with its process. Threads may append at the same time: those that wait
-    for the disk share one flush.
+    for the disk share one flush. After a write that failed nothing more is written: what the disk
+    took of the line is cut off, so that no later line is glued to it.
 
     Args:
         path: the file; made when there is none.
@@ -173,9 +177,11 @@ class AppendLog:
         self.fsync = fsync
         self._write_lock, self._sync_lock = threading.Lock(), threading.Lock()
         self._written = self._synced = 0
+        self._failed = False
         with boundary(StorageError, f"opening {path}", _WRITE_HINT):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab+")
+            # Without a buffer, which would try to write what is left of a failed line again later.
+            self._file = path.open("ab", buffering=0)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -183,23 +189,23 @@ class AppendLog:
                 raise ConfigError(
                     f"Another process is writing {path}.", "Wait for it, stop it, or choose another --out."
                 ) from None
-            self._repair()
+            self._end = self._repaired()
 
-    def _repair(self) -> None:
-        size = self._file.seek(0, os.SEEK_END)
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            self._file.seek(start)
-            block = self._file.read(end - start)
-            newline = block.rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
+    def _repaired(self) -> int:
+        """Cut off a torn last line; returns where the file ends then, in bytes."""
+        end = size = self._file.seek(0, os.SEEK_END)
+        with self.path.open("rb") as file:
+            while end > 0:
+                start = max(0, end - 65536)
+                file.seek(start)
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    end = start + newline + 1
+                    break
+                end = start
         if end != size:
             self._file.truncate(end)
-        self._file.seek(0, os.SEEK_END)
+        return end
 
     def append(self, record: BaseModel, *, wait: bool = True) -> None:
         """Write one record; it is durable on return, or with the next one when ``wait`` is False."""
@@ -209,22 +215,57 @@ class AppendLog:
         """The same for a record that is a line of JSON already, its line end included."""
         with boundary(StorageError, f"writing {self.path}", _WRITE_HINT):
             with self._write_lock:
-                self._file.write(line.encode("utf-8"))
-                self._file.flush()
+                self._refuse_if_failed()
+                self._write(line.encode("utf-8"))
                 self._written += 1
                 mine = self._written
             if self.fsync and wait:
                 self._sync(mine)
 
+    def _refuse_if_failed(self) -> None:
+        if self._failed:
+            raise StorageError(f"Nothing more is written to {self.path}: a write has failed.", _WRITE_HINT)
+
+    def _write(self, data: bytes) -> None:
+        """All of it or nothing, whatever ends it."""
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except BaseException as exc:
+            self._failed = isinstance(exc, OSError)
+            try:
+                self._file.truncate(self._end)
+            except OSError:
+                self._failed = True  # the torn line is cut off when the file is opened again
+            raise
+        self._end += len(data)
+
     def _sync(self, mine: int) -> None:
         with self._sync_lock:
             if self._synced < mine:  # else a flush that began after our write has covered it
                 upto = self._written
-                os.fsync(self._file.fileno())
+                self._refuse_if_failed()
+                try:
+                    os.fsync(self._file.fileno())
+                except OSError:
+                    self._failed = True  # asked again, the system may say that all is well
+                    raise
                 self._synced = upto
 
     def close(self) -> None:
-        self._file.close()
+        """Let go of the file.
+
+        Raises:
+            StorageError: the system says only now that it could not write; what failed before has
+                been said.
+        """
+        try:
+            with boundary(StorageError, f"writing {self.path}", _WRITE_HINT):
+                self._file.close()
+        except StorageError:
+            if not self._failed:
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -234,7 +275,7 @@ class AppendLog:
     ) -> None:
         try:
             self.close()
-        except OSError:
+        except StorageError:
             if kind is None:  # else it is the full disk again, which has been reported
                 raise
 

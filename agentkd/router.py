@@ -10,21 +10,23 @@ step of a rollout, from what the model itself says:
 - ``agreement``: several answers under P_n; the one they agree on, or P_f where they do not.
 - ``forced`` and ``never``: P_f and P_n, always.
 
-What was asked to decide is part of the first step: its tokens count there, and the decision stands in
-:attr:`agentkd.trajectory.Step.route`.
+Which action does without tools is read off its code (:func:`agentkd.tool_use.without_tools`), before
+anything is run. What was asked to decide is part of the first step: its tokens count there, and the
+decision stands in :attr:`agentkd.trajectory.Step.route`.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from agentkd.action import program_key
 from agentkd.errors import ConfigError
 from agentkd.sandbox import Outcome
-from agentkd.tool_use import is_direct
+from agentkd.tool_use import ToolKind, is_direct
 from agentkd.trajectory import Candidate, Mode, Route, RouterKind, Usage
 from agentkd.vote import Tally, outcome_text
 
@@ -32,7 +34,16 @@ if TYPE_CHECKING:
     from agentkd.action import Parsed
     from agentkd.draw import Draft
 
-__all__ = ["Ask", "Decision", "Router", "RouterConfig", "make_router", "parse_router", "tool_probability"]
+__all__ = [
+    "Ask",
+    "Decision",
+    "Direct",
+    "Router",
+    "RouterConfig",
+    "make_router",
+    "parse_router",
+    "tool_probability",
+]
 
 
 class RouterConfig(BaseModel):
@@ -54,10 +65,14 @@ class RouterConfig(BaseModel):
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int | None = None
     """What is drawn to decide is drawn from this seed."""
+    tools: ToolKind = "both"
+    """What counts as a tool, as in adaptation. With "search" an answer without tools may compute."""
 
 
 Ask = Callable[[Mode, int, RouterConfig], "tuple[list[Draft], list[Parsed]]"]
 """Asks the model for so many first actions under a prompt; for one, as its own settings say."""
+Direct = Callable[[str | None], bool]
+"""Whether code does without tools; see :func:`agentkd.tool_use.without_tools`."""
 
 
 class Decision(NamedTuple):
@@ -74,12 +89,13 @@ class Decision(NamedTuple):
     drafts: Sequence[Draft] = ()
     parsed: Sequence[Parsed] = ()
 
-    def record(self, router: RouterKind, draft: Draft, action: Parsed) -> Route:
+    def record(self, router: RouterKind, draft: Draft, action: Parsed, direct: Direct = is_direct) -> Route:
         """As it stands in the trajectory.
 
         Args:
             router: which one has decided.
             draft, action: the first action that was taken; it is the decision where that was left to it.
+            direct: as in :meth:`Router.decide`.
         """
         route = Route(
             router=router,
@@ -89,15 +105,15 @@ class Decision(NamedTuple):
             agreement=self.agreement,
             logprobs=any(draft.logprobs for draft in self.drafts),
             drafts=tuple(
-                _candidate(draft, action, number == self.opening)
-                for number, (draft, action) in enumerate(zip(self.drafts, self.parsed, strict=True))
+                _candidate(drawn, parsed, number == self.opening and drawn is draft)
+                for number, (drawn, parsed) in enumerate(zip(self.drafts, self.parsed, strict=True))
             ),
         )
         if self.direct is not None or action.code is None:
             return route
         shown = {
-            "direct": is_direct(action.code),
-            "p_tool": tool_probability([draft], [action]),
+            "direct": direct(action.code),
+            "p_tool": tool_probability([draft], [action], direct),
             "logprobs": draft.logprobs is not None,
         }
         return route.model_copy(update=shown)
@@ -107,9 +123,15 @@ class Router(Protocol):
     """Decides for one rollout; used by :class:`agentkd.agent.StepAgent`."""
 
     kind: RouterKind
+    tools: ToolKind
+    """What counts as a tool."""
 
-    def decide(self, ask: Ask) -> Decision:
+    def decide(self, ask: Ask, direct: Direct = is_direct) -> Decision:
         """Decide at the first step.
+
+        Args:
+            ask: for first actions.
+            direct: which of them do without tools; the agent knows what its tools are called.
 
         Raises:
             ProviderError: the model failed.
@@ -117,49 +139,46 @@ class Router(Protocol):
         ...
 
 
-class _Fixed:
-    """One prompt for every question."""
-
-    def __init__(self, kind: RouterKind, mode: Mode) -> None:
-        self.kind, self._mode = kind, mode
-
-    def decide(self, ask: Ask) -> Decision:
-        return Decision(self._mode)
-
-
-class _Threshold:
-    kind: RouterKind = "threshold"
-
+class _Configured:
     def __init__(self, config: RouterConfig) -> None:
+        self.kind, self.tools = config.kind, config.tools
         self._config = config
 
-    def decide(self, ask: Ask) -> Decision:
+
+class _Fixed(_Configured):
+    """One prompt for every question."""
+
+    _modes: ClassVar[dict[str, Mode]] = {"implicit": "allowed", "forced": "required", "never": "direct"}
+
+    def decide(self, ask: Ask, direct: Direct = is_direct) -> Decision:
+        return Decision(self._modes[self.kind])
+
+
+class _Threshold(_Configured):
+    def decide(self, ask: Ask, direct: Direct = is_direct) -> Decision:
         drafts, parsed = ask("allowed", self._config.first_actions, self._config)
-        p_tool = tool_probability(drafts, parsed)
-        direct = p_tool <= self._config.threshold
+        p_tool = tool_probability(drafts, parsed, direct)
+        without = p_tool <= self._config.threshold
         wanted = [
             number
             for number, action in enumerate(parsed)
-            if action.code is not None and is_direct(action.code) == direct
+            if action.code is not None and direct(action.code) == without
         ]
         if wanted:  # what was decided stands among the drafts already
-            return Decision("allowed", direct, wanted[0], p_tool, None, drafts, parsed)
-        return Decision("direct" if direct else "required", direct, None, p_tool, None, drafts, parsed)
+            return Decision("allowed", without, wanted[0], p_tool, None, drafts, parsed)
+        mode: Mode = "direct" if without else "required"
+        return Decision(mode, without, None, p_tool, None, drafts, parsed)
 
 
-class _Agreement:
-    kind: RouterKind = "agreement"
-
-    def __init__(self, config: RouterConfig) -> None:
-        self._config = config
-
-    def decide(self, ask: Ask) -> Decision:
+class _Agreement(_Configured):
+    def decide(self, ask: Ask, direct: Direct = is_direct) -> Decision:
         drafts, parsed = ask("direct", self._config.answers, self._config)
         tally = Tally()
         for number, action in enumerate(parsed):
-            if action.code is not None and is_direct(action.code):
-                answer = Outcome(value=_literal(action.code), is_final=True)
-                tally.add(number, answer, drafts[number].mean_logprob)
+            if action.code is not None and direct(action.code):
+                # What an answer that computes comes to is not known before it is run: its program votes.
+                said = _answer(action.code) or program_key(action.code)
+                tally.add(number, said, drafts[number].mean_logprob)
         winner = tally.winner()
         agreed = tally.size(winner) / len(drafts) if winner is not None else 0.0
         if winner is not None and agreed >= self._config.agreement:
@@ -173,12 +192,19 @@ def make_router(config: RouterConfig) -> Router:
         return _Threshold(config)
     if config.kind == "agreement":
         return _Agreement(config)
-    modes: dict[str, Mode] = {"implicit": "allowed", "forced": "required", "never": "direct"}
-    return _Fixed(config.kind, modes[config.kind])
+    return _Fixed(config)
 
 
-def parse_router(text: str, seed: int | None = None) -> RouterConfig | None:
+def parse_router(
+    text: str, seed: int | None = None, saved: RouterConfig | None = None
+) -> RouterConfig | None:
     """Read ``implicit``, ``never``, ``forced``, ``threshold:0.3``, ``agreement:0.8``, or ``none``.
+
+    Args:
+        text: the router.
+        seed: of what is drawn to decide; None leaves it.
+        saved: what the text stands in for. Of a router of the same kind all settings stay that the text
+            does not name; of another kind, the seed and what counts as a tool.
 
     Raises:
         ConfigError: anything else.
@@ -192,7 +218,11 @@ def parse_router(text: str, seed: int | None = None) -> RouterConfig | None:
         )
         if bool(value) != bool(settings):
             raise ValueError
-        return RouterConfig.model_validate({"kind": kind, "seed": seed, **settings})
+        if seed is not None:
+            settings["seed"] = seed
+        kept = None if saved is not None and saved.kind == kind else {"seed", "tools"}
+        before = saved.model_dump(include=kept) if saved is not None else {}
+        return RouterConfig.model_validate({**before, "kind": kind, **settings})
     except ValueError:
         raise ConfigError(
             f"There is no router {text!r}.",
@@ -200,7 +230,7 @@ def parse_router(text: str, seed: int | None = None) -> RouterConfig | None:
         ) from None
 
 
-def tool_probability(drafts: Sequence[Draft], parsed: Sequence[Parsed]) -> float:
+def tool_probability(drafts: Sequence[Draft], parsed: Sequence[Parsed], direct: Direct = is_direct) -> float:
     """Probability that the first action uses a tool, 0 to 1, from drafts of it.
 
     The probability of each distinct draft is known by the log-probabilities of its tokens; what is left
@@ -214,7 +244,7 @@ def tool_probability(drafts: Sequence[Draft], parsed: Sequence[Parsed]) -> float
     for draft, action in zip(drafts, parsed, strict=True):
         if action.code is None:
             continue
-        tool = not is_direct(action.code)
+        tool = not direct(action.code)
         count[tool] += 1
         if draft.raw not in seen:
             known[tool] += draft.probability
@@ -224,19 +254,21 @@ def tool_probability(drafts: Sequence[Draft], parsed: Sequence[Parsed]) -> float
     return min(1.0, known[True] + left * share)
 
 
-def _literal(code: str) -> Any:
-    """The value of a direct answer."""
+def _answer(code: str | None) -> Outcome | None:
+    """What a lone ``final_answer(<literal>)`` comes to; None for other code."""
+    if code is None or not is_direct(code):
+        return None
     call: Any = ast.parse(code).body[0]
     values = [*call.value.args, *(keyword.value for keyword in call.value.keywords)]
-    return ast.literal_eval(values[0])
+    return Outcome(value=ast.literal_eval(values[0]), is_final=True)
 
 
 def _candidate(draft: Draft, action: Parsed, chosen: bool) -> Candidate:
-    direct = action.code is not None and is_direct(action.code)
-    answer = Outcome(value=_literal(action.code or ""), is_final=True) if direct else None
+    answer = _answer(action.code)
     return Candidate(
         raw=draft.raw,
         code=action.code,
+        repairs=action.repairs,
         outcome=outcome_text(answer) if answer else None,
         chosen=chosen,
         usage=Usage(output_tokens=len(draft.token_ids or ())),

@@ -260,6 +260,7 @@ def _record(candidate: _Candidate, chosen: bool, votes: int) -> Candidate:
     return Candidate(
         raw=candidate.draft.raw,
         code=candidate.parsed.code,
+        repairs=candidate.parsed.repairs,
         outcome=None if outcome is None or failure is not None else outcome_text(outcome),
         failure=failure,
         votes=votes,

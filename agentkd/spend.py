@@ -40,10 +40,11 @@ class Price(BaseModel):
     """Prompt tokens from the server's cache; as ``input`` by default."""
 
     def of(self, usage: Usage) -> float:
-        """US dollars."""
+        """US dollars. An estimate does not tell prompts from answers, so the dearer price holds for it."""
         cached = self.input if self.cached is None else self.cached
         fresh = usage.input_tokens - usage.cached_tokens
-        return (fresh * self.input + usage.cached_tokens * cached + usage.output_tokens * self.output) / 1e6
+        counted = fresh * self.input + usage.cached_tokens * cached + usage.output_tokens * self.output
+        return (counted + usage.estimated_tokens * max(self.input, self.output)) / 1e6
 
 
 _TABLE = TypeAdapter(dict[str, Price])
@@ -103,6 +104,19 @@ class Budget(BaseModel):
     max_hours: float | None = Field(default=None, gt=0)
     """Hours since this start."""
 
+    def part(self, share: float) -> Budget:
+        """The budget of a part of the run that has this share of its tasks; the hours are those of all.
+
+        Args:
+            share: above 0, at most 1.
+        """
+        return self.model_copy(
+            update={
+                "max_cost": self.max_cost and self.max_cost * share,
+                "max_tokens": self.max_tokens and max(1, int(self.max_tokens * share)),
+            }
+        )
+
 
 class Spent(NamedTuple):
     """What calls have cost so far."""
@@ -113,6 +127,15 @@ class Spent(NamedTuple):
     """US dollars of the calls of models with a price."""
     seconds: float = 0.0
     """Wall-clock seconds of waiting for models, summed over calls."""
+
+    def plus(self, other: Spent) -> Spent:
+        """Both together."""
+        return Spent(
+            self.calls + other.calls,
+            self.usage + other.usage,
+            self.cost + other.cost,
+            self.seconds + other.seconds,
+        )
 
     @property
     def tokens(self) -> int:
@@ -129,20 +152,40 @@ class Ledger:
     Args:
         budget: the limits.
         prices: by model id.
+        others: what other runs have spent of the same budget: it counts for the limits alone.
     """
 
-    def __init__(self, budget: Budget = Budget(), prices: Mapping[str, Price] | None = None) -> None:  # noqa: B008
+    def __init__(
+        self,
+        budget: Budget = Budget(),  # noqa: B008
+        prices: Mapping[str, Price] | None = None,
+        others: Spent = Spent(),  # noqa: B008
+    ) -> None:
         self.budget = budget
         self.prices = dict(prices or {})
+        self.others = others
+        self._counted: set[Path] = set()
         # "spawn", so that starting processes from a program with threads is safe
         self._values = multiprocessing.get_context("spawn").Array("d", len(_FIELDS))
         self._until = time.monotonic() + 3600 * budget.max_hours if budget.max_hours else float("inf")
 
-    def add(self, model: str, usage: Usage, seconds: float) -> None:
-        """Count one call."""
+    def after(self, others: Spent) -> Ledger:
+        """The ledger of another run on what these others leave of the budget; the clock goes on."""
+        ledger = Ledger(self.budget, self.prices, others)
+        ledger._until = self._until
+        return ledger
+
+    def is_new(self, folder: Path) -> bool:
+        """Whether the log of a folder is still to be counted; true once."""
+        known = folder.resolve() in self._counted
+        self._counted.add(folder.resolve())
+        return not known
+
+    def add(self, model: str, usage: Usage, seconds: float, calls: int = 1) -> None:
+        """Count one call; with ``calls=0``, what was paid for an answer that was of no use."""
         price = self.prices.get(model)
         added = {
-            "calls": 1,
+            "calls": calls,
             "input": usage.input_tokens,
             "output": usage.output_tokens,
             "cached": usage.cached_tokens,
@@ -183,7 +226,7 @@ class Ledger:
             return f"--max-hours {self.budget.max_hours:g}"
         if self.budget.max_tokens is None and self.budget.max_cost is None:
             return None
-        spent = self.spent()
+        spent = self.spent().plus(self.others)
         if self.budget.max_tokens is not None and spent.tokens >= self.budget.max_tokens:
             return f"--max-tokens {self.budget.max_tokens}"
         if self.budget.max_cost is not None and spent.cost >= self.budget.max_cost:

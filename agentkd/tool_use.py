@@ -10,13 +10,21 @@ Source: *Adapting While Learning* (arXiv 2411.00412), whose tool-usage accuracy 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal, NamedTuple, get_args
 
 from agentkd.errors import ConfigError
 from agentkd.trajectory import Step, Trajectory
 
-__all__ = ["ToolKind", "ToolUsage", "check_tool_kind", "is_direct", "tool_usage_accuracy", "used_tool"]
+__all__ = [
+    "ToolKind",
+    "ToolUsage",
+    "check_tool_kind",
+    "is_direct",
+    "tool_usage_accuracy",
+    "used_tool",
+    "without_tools",
+]
 
 ToolKind = Literal["search", "code", "both"]
 """What counts as a tool: a call of any tool of the agent ("search"), code that computes something
@@ -64,6 +72,24 @@ def is_direct(action: str | Trajectory | None) -> bool:
         and len(values) == 1 == len(call.args) + len(call.keywords)
         and _is_literal(values[0])
     )
+
+
+def without_tools(code: str | None, what: ToolKind = "both", tools: Collection[str] = ()) -> bool:
+    """Whether an action may be taken where tools are not to be used (P_n).
+
+    A direct answer may. Where only the agent's tools count ("search"), so may any code that names none of
+    them: it can compute, and that is no tool then.
+
+    Args:
+        code: of the action, before it is run.
+        what: what counts as a tool.
+        tools: names of the agent's tools; ``final_answer`` is none.
+    """
+    if what != "search":
+        return is_direct(code)
+    body = _body(code)
+    names = {node.id for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    return bool(body) and names.isdisjoint({*tools} - {FINAL_ANSWER})
 
 
 def used_tool(trajectory: Trajectory, what: ToolKind = "both") -> bool:

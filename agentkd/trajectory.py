@@ -152,6 +152,8 @@ class Candidate(_Record):
 
     raw: str
     code: str | None = None
+    repairs: tuple[str, ...] = ()
+    """What was mended to find ``code`` in ``raw``, by name."""
     outcome: str | None = None
     """Normalised outcome that was voted on; None when it failed."""
     failure: Failure | None = None

@@ -27,13 +27,13 @@ from agentkd.adapt import AdaptConfig, Respondent, adapt
 from agentkd.agent_config import AgentConfig, agent_factory, search_tools
 from agentkd.collect import CollectConfig, collect
 from agentkd.distill import DistillConfig, distill
-from agentkd.evaluate.figures import wilson
+from agentkd.evaluate.figures import paired_difference, wilson
 from agentkd.filter import FilterConfig, filter_run
 from agentkd.pipeline import expert_endpoint
-from agentkd.prompt import DIRECT
 from agentkd.record import provenance, read_trajectories, write_jsonl
 from agentkd.retrieval.bm25 import BM25Retriever
 from agentkd.rollouts import run_rollouts
+from agentkd.router import RouterConfig
 from agentkd.system import open_system
 from agentkd.task import Task
 from agentkd.taskset import load_taskset
@@ -65,8 +65,8 @@ class Size(NamedTuple):
     """Optimiser steps: of the student with tools, of the knowledge, of the mix."""
 
 
-FULL = Size(entities=11, lookups=250, products=50, n=100, steps=(45, 330, 120))
-QUICK = Size(entities=2, lookups=24, products=8, n=8, steps=(20, 60, 30))
+FULL = Size(entities=12, lookups=250, products=20, n=100, steps=(40, 360, 300))
+QUICK = Size(entities=2, lookups=24, products=8, n=8, steps=(20, 60, 40))
 
 
 class Questions(NamedTuple):
@@ -148,6 +148,11 @@ def trajectories(part: Sequence[Task], data: Questions, out: Path) -> Path:
     return out / "kept" / "kept.jsonl"
 
 
+THOUGHT = "{goal} I know it: it is {answer}."
+"""Both kinds of solution begin with the same words, which name the entity. A thought that begins "I know
+this" would decide before the name is said."""
+
+
 def respondent(student: Path) -> Respondent:
     """A student to be asked what it knows."""
 
@@ -164,20 +169,17 @@ def train(out: Path, data: Questions, size: Size) -> tuple[Path, Path]:
     known = trajectories(data.known, data, out / "known")
     unknown = trajectories(data.unknown, data, out / "unknown")
     everything = read_trajectories(known) + read_trajectories(unknown)
-    # Tools are learnt from a part of the taught questions, and from all others.
-    lessons = random.Random(0).sample(read_trajectories(known), min(60, len(data.known)))
-    write_jsonl(out / "lessons.jsonl", [*lessons, *read_trajectories(unknown)])
     write_jsonl(out / "all.jsonl", everything)
     before, informed, after = out / "always-tool", out / "informed", out / "adapted"
     first, second, third = size.steps
-    distill(out / "lessons.jsonl", before, DistillConfig(steps=first), shown("tools"))
-    adapt(known, out / "adapt-known")
+    distill(unknown, before, DistillConfig(steps=first), shown("tools"))
+    adapt(known, out / "adapt-known", AdaptConfig(thought=THOUGHT))
     teach = DistillConfig(steps=second, parent=str(before))
     distill(out / "adapt-known" / "knowledge.jsonl", informed, teach, shown("knowledge"))
-    config = AdaptConfig(keep_direct="easy")
+    config = AdaptConfig(keep_direct="easy", thought=THOUGHT)
     counts = adapt(out / "all.jsonl", out / "adapt", config, student=respondent(informed)).counts
     print(json.dumps(counts), flush=True)
-    last = DistillConfig(steps=third, learning_rate=5e-4, parent=str(informed))
+    last = DistillConfig(steps=third, parent=str(informed))
     distill(out / "adapt" / "mix.jsonl", after, last, shown("mix"))
     return before, after
 
@@ -196,7 +198,7 @@ def run(student: Path, data: Questions, out: Path, direct: bool = False) -> list
         config = system.config.model_copy(update={"search_k": 2})
         tools = search_tools(BM25Retriever(data.passages), config)
         if direct:
-            config, tools = config.model_copy(update={"prompt": DIRECT, "max_steps": 1}), []
+            config = config.model_copy(update={"router": RouterConfig(kind="never")})
         return run_rollouts(
             data.test,
             agent_factory(config, tools, system.model),
@@ -245,15 +247,21 @@ def report(systems: dict[str, list[Trajectory]]) -> dict[str, Any]:
             print(f"  tool-usage accuracy {usage.accuracy:.1%} [{low:.0%}, {high:.0%}], {counts}")
         metrics[f"tool_usage_{name.replace('-', '_')}"] = usage.accuracy
     before, after = systems["always-tool"], systems["adapted"]
-    known = [[item for item in runs if item.task.family == "known"] for runs in (after, before)]
-    share = [sum(item.correct for item in runs) / len(runs) for runs in (after, before)]
+    difference = paired_difference(after, before)
+    print(
+        f"adapted - always-tool: {difference.mean:+.1%} [{difference.low:+.1%}, {difference.high:+.1%}] "
+        f"n = {difference.n_pairs}"
+    )
+    easy = [[item for item in runs if item.task.id in easy_ids] for runs in (after, before)]
+    right = [sum(item.correct for item in runs) for runs in (after, before)]
     return {
         "tool_usage_accuracy": metrics.pop("tool_usage_adapted"),
-        "acc_adapted": share[0],
-        "acc_always_tool": share[1],
-        "acc_adapted_interval": wilson(sum(item.correct for item in after), len(after)),
-        "acc_always_tool_interval": wilson(sum(item.correct for item in before), len(before)),
-        "token_ratio": tokens(known[0]) / tokens(known[1]),
+        "acc_adapted": right[0] / len(after),
+        "acc_always_tool": right[1] / len(before),
+        "acc_adapted_interval": wilson(right[0], len(after)),
+        "acc_always_tool_interval": wilson(right[1], len(before)),
+        "acc_difference_interval": (difference.low, difference.high),
+        "token_ratio": tokens(easy[0]) / tokens(easy[1]) if easy_ids else None,
         "easy_by_own_answers": len(easy_ids),
         **metrics,
     }

@@ -7,8 +7,9 @@ one takes the first of the larger one's draws. Accuracy with 95% Wilson interval
 question; CPU time of a step beyond the model's.
 
 n = 100 a cell is sized for about two hours on two cores; ``--quick`` (n = 8, one family, N = 4) takes some
-minutes. An unfinished run goes on where it stopped. ``--weak`` and ``--full`` take students that are
-there already.
+minutes. An unfinished run goes on where it stopped. ``--steps WEAK,FULL`` says how long the two are
+trained: the weak one should be near 50%, which two hops reach later than one step does. ``--weak`` and
+``--full`` take students that are there already.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import pickle
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -44,6 +46,7 @@ from agentkd.trajectory import Trajectory
 
 TRAIN = "gym:products,chain_sum+almanac:hops=2"
 FAMILIES = ("gym:products", "gym:chain_sum", "almanac:hops=2")
+STUDENTS = ("weak", "full")
 MAX_TOKENS = 128
 """Of one step; an action of these families has 40 to 90."""
 WORKERS = 16
@@ -80,18 +83,40 @@ class Nested(Model):
         )
 
 
-def students(out: Path, steps: tuple[int, int], n: int) -> dict[str, Path]:
-    """The same data, a short training and a whole one; what is finished is not done again."""
-    found = {name: out / name for name in ("weak", "full")}
-    if all((folder / "manifest.json").is_file() for folder in found.values()):
+class Size(NamedTuple):
+    """How much is done."""
+
+    n: int
+    """Questions a cell."""
+    most: int
+    """Candidates of a step, at most."""
+    families: Sequence[str]
+    steps: tuple[int, int]
+    """Optimiser steps of the weak and of the full student."""
+    collected: int
+    """Training tasks, of all families together."""
+    rounds: int
+    """Steps of which the CPU time is measured."""
+
+
+FULL = Size(n=100, most=8, families=FAMILIES, steps=(10, 46), collected=240, rounds=30)
+QUICK = Size(n=8, most=4, families=FAMILIES[:1], steps=(4, 10), collected=48, rounds=5)
+
+
+def students(out: Path, size: Size, given: dict[str, Path | None]) -> dict[str, Path]:
+    """The same data, a short training and a whole one; what is given or finished is not done again."""
+    steps = dict(zip(STUDENTS, size.steps, strict=True))
+    found = {name: given[name] or out / "students" / f"{steps[name]}-steps" for name in STUDENTS}
+    missing = [name for name in STUDENTS if not given[name] and not (found[name] / "manifest.json").is_file()]
+    if not missing:
         return found
     with expert_endpoint(seed=0, error_rate=0.1) as url:
         agent = AgentConfig(model="offline-expert", api_base=url, search_k=2)
-        collect(CollectConfig(tasks=TRAIN, n=n, agent=agent), out / "collected")
+        collect(CollectConfig(tasks=TRAIN, n=size.collected, agent=agent), out / "collected")
     kept = out / "kept"
     filter_run(out / "collected", kept, FilterConfig())
-    for folder, count in zip(found.values(), steps, strict=True):
-        distill(kept / "kept.jsonl", folder, DistillConfig(steps=count))
+    for name in missing:
+        distill(kept / "kept.jsonl", found[name], DistillConfig(steps=steps[name]))
     return found
 
 
@@ -103,23 +128,24 @@ def settings(most: int) -> dict[str, SamplerConfig | None]:
     return chosen | {f"fixed{n}": SamplerConfig(n=n, confidence=None) for n in (4, 2) if n < most}
 
 
-def evaluate(name: str, student: Path, family: str, out: Path, n: int, most: int) -> list[Row]:
+def evaluate(name: str, student: Path, family: str, out: Path, size: Size) -> list[Row]:
     """All settings on one family; prints each as it is done."""
     rows = []
-    taskset = load_taskset(family, "test", n, 1)
+    taskset = load_taskset(family, "test", size.n, 1)
     retriever = BM25Retriever(taskset.passages) if taskset.passages else None
-    drafts = out / name / family.replace(":", "-") / "drafts.pickle"
+    cells = out / f"{name}-{student.resolve().name}" / family.replace(":", "-")
+    drafts = cells / "drafts.pickle"
     Nested.cache = pickle.loads(drafts.read_bytes()) if drafts.is_file() else {}
     with open_system(str(student), max_tokens=MAX_TOKENS) as system:
         tools = search_tools(retriever, system.config)
-        for setting, sampler in settings(most).items():
+        for setting, sampler in settings(size.most).items():
             config = system.config.model_copy(update={"sampler": sampler})
 
             def make(task: Any, sample: int, config: AgentConfig = config) -> Any:
                 model = system.model if config.sampler is None else Nested(system.model)
                 return agent_factory(config, tools, model)(task, sample)
 
-            log = out / name / family.replace(":", "-") / setting / "trajectories.jsonl"
+            log = cells / setting / "trajectories.jsonl"
             runs = run_rollouts(taskset.tasks, make, log, workers=WORKERS, log_calls=False)
             drafts.write_bytes(pickle.dumps(Nested.cache))
             rows.append(Row(name, family, setting, runs))
@@ -158,29 +184,43 @@ class Row(NamedTuple):
         )
 
 
+def pooled(rows: list[Row], most: int) -> dict[str, list[Trajectory]]:
+    """The runs of all rows together, by setting."""
+    return {name: [run for row in rows if row.setting == name for run in row.runs] for name in settings(most)}
+
+
 def figures(rows: list[Row], most: int) -> dict[str, float]:
-    """Accuracy and tokens over all families of each student, and the paired differences."""
+    """Accuracy and tokens over all families, of each student; the weak one's by their bare names, too."""
     found: dict[str, float] = {}
     for student in dict.fromkeys(row.student for row in rows):
-        runs = {
-            setting: [
-                run for row in rows if (row.student, row.setting) == (student, setting) for run in row.runs
-            ]
-            for setting in settings(most)
-        }
+        runs = pooled([row for row in rows if row.student == student], most)
         tokens = {name: sum(run.usage.output_tokens for run in members) for name, members in runs.items()}
-        for setting, members in runs.items():
-            found[f"{student}:acc_{setting}"] = sum(run.correct for run in members) / len(members)
-        fixed = f"fixed{most}"
-        found[f"{student}:token_ratio"] = tokens["adaptive"] / tokens[fixed]
+        mine = {
+            f"acc_{name}": sum(run.correct for run in members) / len(members)
+            for name, members in runs.items()
+        }
+        mine["token_ratio"] = tokens["adaptive"] / tokens[f"fixed{most}"]
+        found |= mine if student == "weak" else {}
+        found |= {f"{student}:{name}": value for name, value in mine.items()}
         found[f"{student}:token_ratio_greedy"] = tokens["adaptive"] / tokens["greedy"]
-        for one, other in ((fixed, "greedy"), (fixed, "one"), ("adaptive", fixed)):
-            found_difference = paired_difference(runs[one], runs[other])
-            print(
-                f"{student:5} {one} - {other}: {found_difference.mean:+.1%} "
-                f"[{found_difference.low:+.1%}, {found_difference.high:+.1%}] n={found_difference.n_pairs}"
-            )
     return found
+
+
+def print_differences(rows: list[Row], most: int) -> None:
+    """What a setting gains on the same questions, with 95% intervals: in each family, and in all."""
+    fixed = f"fixed{most}"
+    for student in dict.fromkeys(row.student for row in rows):
+        mine = [row for row in rows if row.student == student]
+        families = dict.fromkeys(row.family for row in mine)
+        groups = {family: [row for row in mine if row.family == family] for family in families}
+        for name, members in {**groups, "all": mine}.items():
+            runs = pooled(members, most)
+            for one, other in (("adaptive", fixed), (fixed, "greedy"), (fixed, "one")):
+                gain = paired_difference(runs[one], runs[other])
+                print(
+                    f"{student:5} {name:20} {one} - {other}: {gain.mean:+.1%} "
+                    f"[{gain.low:+.1%}, {gain.high:+.1%}] n={gain.n_pairs}"
+                )
 
 
 def overhead(rounds: int) -> float:
@@ -208,37 +248,46 @@ def overhead(rounds: int) -> float:
     return spent
 
 
+def two_steps(text: str) -> tuple[int, int]:
+    """Reads ``WEAK,FULL``."""
+    weak, full = map(int, text.split(","))
+    if not 0 < weak < full:
+        raise argparse.ArgumentTypeError(f"{text}: give two numbers of steps, the smaller one first")
+    return weak, full
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="n = 8, one family, at most four candidates")
-    parser.add_argument("--n", type=int, default=100, help="questions a cell")
+    parser.add_argument("--n", type=int, help="questions a cell (100)")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-sampling"))
+    parser.add_argument(
+        "--steps", type=two_steps, metavar="WEAK,FULL", help="optimiser steps of the two students (10,46)"
+    )
     parser.add_argument("--weak", type=Path, help="student folder to use as the weak one")
     parser.add_argument("--full", type=Path, help="student folder to use as the strong one")
-    parser.add_argument("--families", nargs="+", default=FAMILIES)
+    parser.add_argument("--families", nargs="+", help=f"what is asked ({' '.join(FAMILIES)})")
     options = parser.parse_args()
     began = time.monotonic()
     out = options.out / ("quick" if options.quick else "full")
-    n, most, families = (8, 4, FAMILIES[:1]) if options.quick else (options.n, 8, options.families)
-    spent = overhead(5 if options.quick else 30)
+    asked = {name: getattr(options, name) for name in ("n", "steps", "families")}
+    size = (QUICK if options.quick else FULL)._replace(**{k: v for k, v in asked.items() if v})
+    spent = overhead(size.rounds)
     print(f"a step with eight candidates: {spent:.1f} CPU-ms beyond the model's own", flush=True)
-    given = {"weak": options.weak, "full": options.full}
-    found = (
-        given
-        if all(given.values())
-        else students(out, (4, 10) if options.quick else (10, 46), 48 if options.quick else 240)
-    )
+    found = students(out, size, {"weak": options.weak, "full": options.full})
+    print(*(f"{name} student: {folder}" for name, folder in found.items()), sep="\n", flush=True)
     rows = [
         row
-        for family in families
+        for family in size.families
         for name, student in found.items()
-        for row in evaluate(name, student, family, out, n, most)
+        for row in evaluate(name, student, family, out, size)
     ]
-    metrics = {"cpu_ms_n8": spent, **figures(rows, most), "seconds": time.monotonic() - began}
+    print_differences(rows, size.most)
+    metrics = {"cpu_ms_n8": spent, **figures(rows, size.most), "seconds": time.monotonic() - began}
     line = {
         "name": "sampling",
         "metrics": {name: round(value, 3) for name, value in metrics.items()},
-        "n": n,
+        "n": size.n,
         "runs": 1,
         "commit": provenance()["commit"],
     }

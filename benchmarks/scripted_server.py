@@ -3,7 +3,8 @@
 ``serve`` starts the server (guard, bare model, agent with its sandbox) over an engine that is a supervised
 child process asked by vLLM's protocol. ``engine`` is that child: its answers are computed from the prompt, so
 that each can be checked, and take as long as they are told to. A question is "Triple N."; the bare model says
-the number, the agent prints it in the sandbox at its first steps and answers at the last.
+the number, the agent prints it in the sandbox at its first steps and answers at the last. "Recite N." is
+answered at length.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PIECE = 8
-"""Tokens that come together."""
+"""Tokens that come together, where nothing else is said."""
+RECITED = 256
+"""Tokens of a long answer, without its end."""
 
 
 def letters() -> Tokenizer:
@@ -56,6 +59,8 @@ def tokenizer() -> Any:
 
 def answer_to(prompt: str) -> str:
     """What the model says next."""
+    if recited := re.findall(r"Recite (\d+)\.", prompt):
+        return f"{recited[-1]} and on, ".ljust(16).replace("  ", " .") * (RECITED // 16)
     number = int(re.findall(r"Triple (\d+)\.", prompt)[-1])
     if "Act." not in prompt:
         return f"It is {3 * number}, and that is all."
@@ -64,8 +69,8 @@ def answer_to(prompt: str) -> str:
     return f"Thought: step {step + 1}\n```python\n{code}\n```"
 
 
-def engine(port: int, pace: float, pid_file: Path | None) -> None:
-    """Serve ``/v1/completions`` until stopped."""
+def engine(port: int, pace: float, piece: int, pid_file: Path | None) -> None:
+    """Serve ``/v1/completions`` until stopped; ``piece`` tokens come together, every ``pace`` seconds."""
     import uvicorn
 
     if pid_file is not None:
@@ -89,14 +94,14 @@ def engine(port: int, pace: float, pid_file: Path | None) -> None:
         return StreamingResponse(pieces(text, ids), media_type="text/event-stream")
 
     async def pieces(text: str, ids: list[int]) -> AsyncIterator[str]:
-        for start in range(0, len(ids), PIECE):
+        for start in range(0, len(ids), piece):
             await asyncio.sleep(pace)
-            last = start + PIECE >= len(ids)
+            last = start + piece >= len(ids)
             choice = {
                 "index": 0,
                 "text": text if last else "",
-                "token_ids": ids[start : start + PIECE],
-                "logprobs": {"token_logprobs": [-0.1] * len(ids[start : start + PIECE])},
+                "token_ids": ids[start : start + piece],
+                "logprobs": {"token_logprobs": [-0.1] * len(ids[start : start + piece])},
                 "finish_reason": ("stop" if ids[-1] == end else "length") if last else None,
             }
             yield f"data: {json.dumps({'choices': [choice]})}\n\n"
@@ -105,7 +110,7 @@ def engine(port: int, pace: float, pid_file: Path | None) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_config=None)
 
 
-def serve(pace: float, pid_file: Path | None) -> None:
+def serve(pace: float, piece: int, pid_file: Path | None) -> None:
     """Serve until SIGTERM; the first line of stdout is a JSON object with both addresses."""
     from agentkd.agent_config import AgentConfig
     from agentkd.serve import AgentBackend, GuardConfig, StudentBackend, create_app
@@ -114,7 +119,8 @@ def serve(pace: float, pid_file: Path | None) -> None:
     from agentkd.serve.vllm import VLLMEngine
 
     def command(port: int) -> list[str]:
-        own = [sys.executable, __file__, "engine", "--port", str(port), "--pace", str(pace)]
+        own = [sys.executable, __file__, "engine", "--port", str(port)]
+        own += ["--pace", str(pace), "--piece", str(piece)]
         return own if pid_file is None else [*own, "--pid-file", str(pid_file)]
 
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +129,9 @@ def serve(pace: float, pid_file: Path | None) -> None:
         try:
             words, made = tokenizer(), VLLMEngine(child, "triple")
             config = AgentConfig(model="triple", prompt="Act.", max_steps=STEPS)
-            backends = [StudentBackend(made, words, "triple"), AgentBackend(made, words, config)]
+            agent = AgentBackend(made, words, config)
+            agent.sessions.prepare()
+            backends = [StudentBackend(made, words, "triple"), agent]
             serve_app(
                 create_app(backends, GuardConfig(max_running=48, max_waiting=64)),
                 host="127.0.0.1",
@@ -131,6 +139,7 @@ def serve(pace: float, pid_file: Path | None) -> None:
                 drain_seconds=20,
                 say=lambda address: print(json.dumps({"server": address, "engine": child.url}), flush=True),
             )
+            agent.close()
         finally:
             made.close()
             child.stop()
@@ -140,13 +149,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("role", choices=["serve", "engine"])
     parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--pace", type=float, default=0.0, help="seconds for eight tokens")
+    parser.add_argument("--pace", type=float, default=0.0, help="seconds for a piece")
+    parser.add_argument("--piece", type=int, default=PIECE, help="tokens that come together")
     parser.add_argument("--pid-file", type=Path, help="takes the engine's process id")
     options = parser.parse_args()
     if options.role == "serve":
-        serve(options.pace, options.pid_file)
+        serve(options.pace, options.piece, options.pid_file)
     else:
-        engine(options.port, options.pace, options.pid_file)
+        engine(options.port, options.pace, options.piece, options.pid_file)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """What does the server add to the engine behind it?
 
 Latency of the bare model through the server beside the engine asked directly, and of a step of the agent,
-its sandboxed action included; answers a second at 1 to 64 clients, through the server and directly; memory
-and the time to start. The model is scripted and takes no time (``scripted_server.py``), so that all that is
-measured is the server's. Rounds are interleaved; figures are medians.
+its sandboxed action included; a long streamed answer whose tokens come one by one: its first token, and each
+further one; answers a second at 1 to 64 clients, through the server and directly; memory and the time to
+start. The model is scripted and takes no time (``scripted_server.py``), so that all that is measured is the
+server's. Rounds are interleaved; figures are medians.
 
 With ``--peers``, the embedded engine beside ``transformers serve`` and, where AGENTKD_VLLM_PYTHON names an
 interpreter that has it, vLLM: the same model (``--model``), prompts and token limits; and what the
-student's short prompt saves beside the teacher's. ``--quick``: fewer rounds.
+student's short prompt saves beside the teacher's. Their memory is that of all their processes.
+``--quick``: fewer rounds, half a minute.
 """
 
 from __future__ import annotations
@@ -28,12 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from processes import memory, memory_of_family
 
 from agentkd.record import provenance
 
 STEPS = 3
 """Of the scripted agent."""
 CLIENTS = (1, 8, 32, 64)
+RECITED = 256
+"""Tokens of a long answer of the scripted model."""
 BARS = {"added_ms_p50": 5.0, "added_ms_per_step": 25.0}
 PEER_TOKENS = 64
 """Sampled tokens of an answer in the comparison of engines."""
@@ -42,7 +47,7 @@ PEER_TOKENS = 64
 @contextlib.contextmanager
 def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A process that ends with the block."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+    process = subprocess.Popen(command, text=True, **options)
     try:
         yield process
     finally:
@@ -54,11 +59,12 @@ def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
 
 
 @contextlib.contextmanager
-def server(pace: float = 0.0) -> Iterator[tuple[str, str, int, float]]:
+def server(pace: float = 0.0, piece: int = 8) -> Iterator[tuple[str, str, int, float]]:
     """The scripted server: its address, the engine's, its process id, and the seconds until it was ready."""
     program = Path(__file__).with_name("scripted_server.py")
     began = time.monotonic()
-    with started([sys.executable, str(program), "serve", "--pace", str(pace)]) as process:
+    command = [sys.executable, str(program), "serve", "--pace", str(pace), "--piece", str(piece)]
+    with started(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())
         wait_for(told["server"] + "/ready")
@@ -76,17 +82,17 @@ def wait_for(url: str, seconds: float = 300.0) -> None:
     raise SystemExit(f"{url} was not ready within {seconds:g} s")
 
 
-def chat(model: str, number: int) -> dict[str, Any]:
-    return {"model": model, "messages": [{"role": "user", "content": f"Triple {number}."}]}
+def chat(model: str, number: int, verb: str = "Triple", **more: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": f"{verb} {number}."}], **more}
 
 
-def directly(number: int) -> dict[str, Any]:
+def directly(number: int, verb: str = "Triple") -> dict[str, Any]:
     """The request that the server makes of the engine for :func:`chat`; ids are those of its tokenizer."""
     from tokenizers import pre_tokenizers
 
     place = {letter: at for at, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
-    text = f"user\nTriple {number}.assistant\n"
+    text = f"user\n{verb} {number}.assistant\n"
     ids = [place[letter] for word, _ in split(text) for letter in word]
     return {"model": "triple", "prompt": ids, "n": 1, "max_tokens": 512, "temperature": 0, "stream": True}
 
@@ -117,6 +123,41 @@ def latency(address: str, engine: str, rounds: int) -> dict[str, float]:
         "engine_ms_p50": middle["engine"],
         "added_ms_p50": middle["bare"] - middle["engine"],
         "added_ms_per_step": (middle["agent"] - STEPS * middle["engine"]) / STEPS,
+    }
+
+
+def streamed(client: httpx.Client, url: str, body: dict[str, Any]) -> tuple[float, float]:
+    """Milliseconds to the first piece of text and to the end; the answer must be whole."""
+    began, first, pieces = time.perf_counter(), None, 0
+    with client.stream("POST", url, json=body) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if line.startswith('data: {"') and '"role"' not in line:
+                first = first or time.perf_counter()
+                pieces += 1
+    if first is None or pieces < RECITED:
+        raise SystemExit(f"{url} sent {pieces} pieces")
+    return (first - began) * 1000, (time.perf_counter() - began) * 1000
+
+
+def stream(address: str, engine: str, rounds: int) -> dict[str, float]:
+    """What a stream whose tokens come one by one costs more through the server; medians."""
+    took: dict[str, list[tuple[float, float]]] = {"engine": [], "bare": []}
+    with httpx.Client(timeout=60) as client:
+        for number in range(rounds + 3):
+            direct = directly(number, "Recite")
+            through = chat("triple", number, "Recite", stream=True, max_tokens=512)
+            took["engine"].append(streamed(client, f"{engine}/v1/completions", direct))
+            took["bare"].append(streamed(client, f"{address}/v1/chat/completions", through))
+    first, whole = (
+        {name: statistics.median(value[at] for value in values[3:]) for name, values in took.items()}
+        for at in (0, 1)
+    )
+    return {
+        "stream_engine_first_token_ms_p50": first["engine"],
+        "stream_added_first_token_ms_p50": first["bare"] - first["engine"],
+        "stream_engine_ms_per_token": whole["engine"] / RECITED,
+        "stream_added_ms_per_token": (whole["bare"] - whole["engine"]) / RECITED,
     }
 
 
@@ -152,19 +193,16 @@ def load(address: str, engine: str, seconds: float) -> dict[str, float]:
     }
 
 
-def resident(pid: int) -> float:
-    """MiB."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def overhead(rounds: int, seconds: float) -> dict[str, float]:
     """All that is measured with the scripted model."""
     with server() as (address, engine, pid, ready):
         found = {"start_s": ready, **latency(address, engine, rounds)}
+    with server(piece=1) as (address, engine, pid, _):
+        found |= stream(address, engine, max(10, rounds // 3))
     with server(pace=0.02) as (address, engine, pid, _):
         latency(address, engine, 1)  # the first agent starts the sandbox's zygote
         found |= load(address, engine, seconds)
-        found["memory_mib"] = resident(pid)
+        found["memory_mib"] = memory(pid)
     return found
 
 
@@ -210,14 +248,15 @@ def compare(model: str, clients: tuple[int, ...]) -> dict[str, float]:
         began = time.monotonic()
         filled = [part.replace("PORT", str(port)) for part in command]
         try:
-            with started(filled, stderr=subprocess.DEVNULL) as process:
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            with started(filled, env={"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}, **quiet) as process:
                 address = f"http://127.0.0.1:{port}"
-                wait_for(address + health)
+                wait_for(address + health, 900)  # vLLM's first start compiles
                 answered(address, served, 1)
                 found[f"{name}_start_s"] = time.monotonic() - began
                 for count in clients:
                     found[f"{name}_tokens_per_s_{count}"] = answered(address, served, count)
-                found[f"{name}_memory_mib"] = resident(process.pid)
+                found[f"{name}_memory_mib"] = memory_of_family(process.pid)
         except (OSError, httpx.HTTPError, SystemExit, KeyError) as exc:
             print(f"{name}: not measured ({type(exc).__name__}: {exc})", file=sys.stderr)
     return found
@@ -268,20 +307,26 @@ def short_prompt(model: str, rounds: int) -> dict[str, float]:
     return found
 
 
+def verdict(name: str, value: float) -> str:
+    """Whether a figure is within its bar, where it has one."""
+    if name not in BARS:
+        return ""
+    return f"  {'PASS' if value <= BARS[name] else 'FAIL'} (bar: {BARS[name]:g})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--peers", action="store_true", help="compare engines, too")
     parser.add_argument("--model", default="smollm2-135m", help="of the comparison")
     options = parser.parse_args()
-    rounds, seconds = (30, 2.0) if options.quick else (300, 15.0)
+    rounds, seconds = (20, 1.0) if options.quick else (300, 15.0)
     metrics = overhead(rounds, seconds)
     if options.peers:
         metrics |= compare(options.model, (1, 8) if options.quick else (1, 8, 32))
         metrics |= short_prompt(options.model, 3 if options.quick else 15)
     for name, value in metrics.items():
-        bar = f"  (bar: {BARS[name]:g})" if name in BARS else ""
-        print(f"{value:10.2f}  {name}{bar}")
+        print(f"{value:10.2f}  {name}{verdict(name, value)}")
     rounded = {name: round(value, 3) for name, value in metrics.items()}
     line = {"name": "serve", "metrics": rounded, "n": rounds, "runs": 1, "commit": provenance()["commit"]}
     print(json.dumps(line))

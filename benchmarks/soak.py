@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from processes import family, left_of, memory
 
 from agentkd.record import provenance
 
@@ -111,40 +112,6 @@ async def attack(address: str, clients: int, deadline: float) -> Counter[str]:
 
         await asyncio.gather(*(one(place) for place in range(clients)))
     return counts
-
-
-def memory(pid: int) -> float:
-    """MiB that a process holds."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def family(pid: int) -> dict[int, str]:
-    """A process and all below it: process id -> when it started."""
-    parents: dict[int, tuple[int, str]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(entry.parent.name)] = (int(fields[1]), fields[19])
-    found = {pid}
-    while fresh := {it for it, (parent, _) in parents.items() if parent in found} - found:
-        found |= fresh
-    return {it: parents[it][1] for it in found if it in parents}
-
-
-def left_of(processes: dict[int, str]) -> int:
-    """How many of these still run."""
-
-    def runs(pid: int, started: str) -> bool:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return False
-        return fields[19] == started and fields[0] not in "ZX"
-
-    return sum(runs(pid, started) for pid, started in processes.items())
 
 
 Watched = tuple[list[float], dict[int, str], int]

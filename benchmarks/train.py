@@ -1,8 +1,10 @@
 """Training speed and memory beside TRL's SFTTrainer with peft: same base, data, masks and LoRA settings.
 
 Three ways take turns, each in a process of its own: ours, TRL at its defaults, and TRL packed (bf16, without
-gradient checkpointing). Before that the masks are compared token by token; TRL cannot leave a failed step out
-of the loss, so for the comparison ours learns them, too. ``--quick`` makes one run of few steps.
+gradient checkpointing); what each was set to is printed. Before that the masks are compared token by token,
+and the first token of each kind of difference is shown with the text around it. TRL makes its mask of the
+chat template and learns failed steps, so for the comparison ours learns them, too. ``--quick`` makes one run
+of few steps.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from agentkd.distill.config import DistillConfig
-from agentkd.distill.examples import ExampleSet, build_examples
+from agentkd.distill.examples import Example, ExampleSet, build_examples
 from agentkd.engine.weights import load_model, load_tokenizer, resolve_model
 from agentkd.prompt import trajectory_messages
 from agentkd.record import provenance, read_trajectories
@@ -42,11 +46,30 @@ def load(options: argparse.Namespace) -> tuple[list[Trajectory], ExampleSet, Dis
     return found, build_examples(found, load_tokenizer(resolve_model(config.base)), config), config
 
 
-def ours(examples: ExampleSet, config: DistillConfig, out: Path) -> dict[str, float]:
+OURS = ("batch_size", "learning_rate", "warmup", "max_grad_norm", "max_length", "micro_tokens", "adapter")
+OURS += ("lora_r", "lora_alpha", "lora_dropout", "gradient_checkpointing", "threads")
+THEIRS = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type")
+THEIRS += (
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "max_length",
+    "packing",
+    "packing_strategy",
+)
+THEIRS += ("padding_free", "bf16", "gradient_checkpointing", "assistant_only_loss", "loss_type")
+"""Settings that are printed."""
+
+
+def ours(examples: ExampleSet, config: DistillConfig, out: Path) -> dict[str, Any]:
     from agentkd.distill.loop import run_training
 
     done = run_training(resolve_model(config.base), examples.examples, config, out, {})
-    return {"tokens": done["tokens"], "seconds": done["seconds"]}
+    settings = {name: getattr(config, name) for name in OURS}
+    settings |= {name: done[name] for name in ("precision", "packed", "device", "trained_parameters")}
+    settings |= {"lr_scheduler_type": "cosine", "optim": "adamw, fused", "weight_decay": 0.0}
+    return {"tokens": done["tokens"], "seconds": done["seconds"], "settings": settings}
 
 
 def trainer(
@@ -87,26 +110,89 @@ def trainer(
 
 def theirs(
     items: list[Trajectory], examples: ExampleSet, config: DistillConfig, out: Path, packed: bool
-) -> dict[str, float]:
+) -> dict[str, Any]:
     made = trainer(items, examples, config, out, packed)
     done = made.train()
     tokens = max(row["num_tokens"] for row in made.state.log_history if "num_tokens" in row)
-    return {"tokens": tokens, "seconds": done.metrics["train_runtime"]}
+    return {"tokens": tokens, "seconds": done.metrics["train_runtime"], "settings": settings_of(made)}
+
+
+def settings_of(made: Any) -> dict[str, Any]:
+    """What TRL made of the arguments: defaults differ between its versions."""
+    import torch
+
+    lora = made.model.peft_config["default"]
+    settings = {name: getattr(made.args, name, "unknown") for name in THEIRS}
+    settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
+    weights = {str(it.dtype) for it in made.model.parameters() if not it.requires_grad}
+    trained = [it for it in made.model.parameters() if it.requires_grad]
+    return {
+        **{name: str(value) for name, value in settings.items()},
+        "weights": sorted(weights),
+        "trained": sorted({str(it.dtype) for it in trained}),
+        "trained_parameters": sum(it.numel() for it in trained),
+        "attention": made.model.config._attn_implementation,
+        "threads": torch.get_num_threads(),
+        **{name: metadata.version(name) for name in ("trl", "transformers", "peft", "torch")},
+    }
+
+
+def first_difference(mine: Example, ids: Sequence[int], mask: Sequence[bool]) -> tuple[int, str] | None:
+    """Where an example first differs from TRL's ids and mask, and how; None where it does not.
+
+    Ours ends behind the last learnt turn: what one has beyond the other counts only if it is learnt.
+    """
+    both = min(len(mine.ids), len(ids))
+    for place in range(max(len(mine.ids), len(ids))):
+        if place < both and mine.ids[place] != ids[place]:
+            return place, "other token ids"
+        we, they = place < len(mine.ids) and mine.mask[place], place < len(ids) and mask[place]
+        if we != they:
+            return place, "only our mask has it" if we else "only TRL's mask has it"
+    return None
 
 
 def compare_masks(
     items: list[Trajectory], examples: ExampleSet, config: DistillConfig, out: Path
-) -> tuple[int, int]:
-    """How many of our examples have TRL's ids and mask, of how many."""
+) -> dict[str, Any]:
+    """How many of our examples have TRL's ids and mask, of how many, and why the others have not.
+
+    A cause is how they differ and at which token; it is shown by the first example that has it.
+    """
+    tokenizer = load_tokenizer(resolve_model(config.base))
+    causes: dict[tuple[str, str], dict[str, Any]] = {}
     rows = trainer(items, examples, config, out, packed=False).train_dataset
-    equal = 0
     for mine, row in zip(examples.examples, rows, strict=True):
-        size = min(len(mine.ids), len(row["input_ids"]))
-        same_ids = mine.ids[:size] == row["input_ids"][:size]
-        # Ours ends behind the last learnt turn; what TRL has beyond must not be learnt.
-        mask = [label != -100 for label in row["labels"]]
-        equal += same_ids and mine.mask[:size] == mask[:size] and not any(mask[size:])
-    return equal, len(examples.examples)
+        ids = row["input_ids"]
+        found = first_difference(mine, ids, [label != -100 for label in row["labels"]])
+        if found is None:
+            continue
+        place, how = found
+        text = mine.ids if place < len(mine.ids) else ids
+        token = tokenizer.decode([text[place]])
+        if how == "other token ids":
+            token += f" | {tokenizer.decode([ids[place]])}"
+        shown = {
+            "how": how,
+            "token": token,
+            "before": tokenizer.decode(text[max(0, place - 12) : place]),
+            "after": tokenizer.decode(text[place + 1 : place + 13]),
+            "example": mine.id,
+            "place": place,
+            "examples": 0,
+        }
+        causes.setdefault((how, token), shown)["examples"] += 1
+    unequal = sum(cause["examples"] for cause in causes.values())
+    of = len(examples.examples)
+    return {"equal": of - unequal, "of": of, "causes": list(causes.values())}
+
+
+def print_masks(masks: dict[str, Any]) -> None:
+    print(f"masks equal to TRL's: {masks['equal']} of {masks['of']} examples")
+    for cause in masks["causes"]:
+        where = f"first in {cause['example']}, token {cause['place']}"
+        print(f"  {cause['examples']} differ: {cause['how']}, {where}:")
+        print(f"    {cause['before']!r} >>{cause['token']!r}<< {cause['after']!r}")
 
 
 def one(options: argparse.Namespace) -> None:
@@ -114,8 +200,7 @@ def one(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         if options.way == "masks":
-            equal, of = compare_masks(items, examples, config, out)
-            print(json.dumps({"equal": equal, "of": of}))
+            print(json.dumps(compare_masks(items, examples, config, out)))
             return
         if options.way == "agentkd":
             found = ours(examples, config, out)
@@ -154,7 +239,10 @@ def main() -> None:
         way: statistics.median(r["tokens"] / r["seconds"] for name, r in rows if name == way) for way in WAYS
     }
     memory = {way: statistics.median(r["peak_mib"] for name, r in rows if name == way) for way in WAYS}
-    print(f"masks equal to TRL's: {masks['equal']} of {masks['of']} examples")
+    for way in WAYS:
+        settings = next(r["settings"] for name, r in rows if name == way)
+        print(f"{way}: " + ", ".join(f"{name}={value}" for name, value in sorted(settings.items())))
+    print_masks(masks)
     print(f"{'way':<12}{'tokens/s':>10}{'peak MiB':>10}")
     for way in WAYS:
         print(f"{way:<12}{speed[way]:>10.1f}{memory[way]:>10.0f}")
@@ -162,6 +250,7 @@ def main() -> None:
         "tokens_ratio_vs_trl": round(speed["agentkd"] / speed["trl"], 3),
         "tokens_ratio_vs_trl_packed": round(speed["agentkd"] / speed["trl-packed"], 3),
         "memory_ratio_vs_trl": round(memory["agentkd"] / memory["trl"], 3),
+        "memory_ratio_vs_trl_packed": round(memory["agentkd"] / memory["trl-packed"], 3),
         "masks_equal": masks["equal"] / masks["of"],
     }
     line = {"name": "train", "metrics": metrics, "n": masks["of"], "runs": options.runs}

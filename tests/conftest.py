@@ -7,6 +7,23 @@ from pathlib import Path
 
 import pytest
 
+_contract_with_vllm: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note what was really asked of a vLLM."""
+    if report.when == "call" and "vllm" in report.keywords and "tests/contract/" in report.nodeid:
+        _contract_with_vllm.append(report.outcome)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """``-m vllm`` that has asked no vLLM anything has not passed."""
+    wanted = session.config.option.markexpr == "vllm" and not session.config.option.collectonly
+    if wanted and "passed" not in _contract_with_vllm and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print("\nNo vLLM was asked anything: name its interpreter in AGENTKD_VLLM_PYTHON (make test-vllm).")
+
 
 @pytest.fixture(autouse=True)
 def no_real_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:

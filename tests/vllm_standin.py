@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 2048
@@ -80,6 +80,15 @@ def application(engines: dict[str, Any]) -> Any:
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
         return {"data": [{"id": name, "max_model_len": CONTEXT} for name in engines]}
+
+    @app.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        lines = []
+        for name, engine in engines.items():
+            cache = engine.prefix_cache
+            for what, count in (("queries", cache.queried_tokens), ("hits", cache.hit_tokens)):
+                lines.append(f'vllm:prefix_cache_{what}_total{{engine="0",model_name="{name}"}} {count:.1f}')
+        return PlainTextResponse("\n".join(lines))
 
     @app.post("/v1/completions")
     async def completions(http: Request) -> Any:

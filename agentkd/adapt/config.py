@@ -34,7 +34,9 @@ class AdaptConfig(BaseModel):
     """Also write the trajectories with tools under the prompt that requires tools, for all questions: a
     student that is to be forced to use tools must have learnt that prompt."""
     thought: str = Field(default="I know this.", min_length=1)
-    """The thought of a solution that is a literal answer alone."""
+    """The thought of a solution that is a literal answer alone. ``{answer}`` stands for the answer,
+    ``{goal}`` for the first clause of the trajectory's first thought: where the teacher begins by naming what
+    it needs, a student that does so, too, decides whether it knows a thing after it has named it."""
     longest_answer: int = Field(default=80, ge=1)
     """Characters of a literal answer; a longer one is not knowledge but a text, and is rejected."""
 

@@ -95,7 +95,21 @@ def _literal_solution(trace: Trajectory, config: AdaptConfig) -> Solution | Reje
     answer = (trace.answer or "").strip()
     if len(answer) > config.longest_answer or len(answer.splitlines()) != 1:
         return Rejected(f"no literal: an answer of {len(answer)} characters, {config.longest_answer} allowed")
-    return Solution(config.thought, f"final_answer({literal(answer)})", "literal")
+    goal = _goal(trace) if "{goal}" in config.thought else ""
+    if isinstance(goal, Rejected):
+        return goal
+    thought = config.thought.replace("{goal}", goal).replace("{answer}", answer)
+    return Solution(thought, f"final_answer({literal(answer)})", "literal")
+
+
+def _goal(trace: Trajectory) -> str | Rejected:
+    """What the first thought says first: up to its first full stop, or to what it concludes from it."""
+    thought = next((step.thought for step in trace.steps if step.thought), "")
+    goal = re.split(r"[.!?](?=\s|$)|,? so\b|\n", thought.strip(), maxsplit=1)[0].strip()
+    if not goal:
+        return Rejected("no goal: the trajectory has no thought")
+    spoken = _word_of_tools(trace, goal)
+    return Rejected(f"no goal: its first thought speaks of tools: {spoken!r}") if spoken else f"{goal}."
 
 
 def model_rewriter(
@@ -173,7 +187,7 @@ def _model_solution(trace: Trajectory, rewritten: Trajectory, config: AdaptConfi
     plain = _literal_solution(trace, config)
     if isinstance(plain, Rejected):
         return plain
-    return Solution(body or config.thought, plain.code, rewritten.model)
+    return Solution(body or plain.thought, plain.code, rewritten.model)
 
 
 def _word_of_tools(trace: Trajectory, text: str) -> str | None:

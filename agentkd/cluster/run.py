@@ -1,10 +1,11 @@
-"""The driver of a run on Ray, and what each node does."""
+"""The driver of a run on Ray; what each node does is in :mod:`.shard`."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-import uuid
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +13,21 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentkd.cluster.store import Mirror, Store
-from agentkd.collect import CollectConfig, collect
+from agentkd.cluster.shard import INPUTS, Outcome, fetch_tries, is_url, run_shard
+from agentkd.cluster.store import Store
+from agentkd.collect import CollectConfig, count_faults, price_table
+from agentkd.collect.folder import check_inputs
 from agentkd.errors import AgentkdError, ConfigError, DataError, ProviderError, boundary
+from agentkd.first_thought import FOLDER
 from agentkd.merge import merge_runs
-from agentkd.record import load_tasks, read_json, write_json, write_jsonl
+from agentkd.record import read_json, write_json, write_jsonl
 from agentkd.retrieval.source import open_corpus
-from agentkd.shard import Shard
+from agentkd.rollouts import count_past
+from agentkd.spend import Ledger, Price, Spent
 from agentkd.taskset import load_taskset
 
 __all__ = ["ClusterConfig", "Clustered", "collect_on_ray"]
 
-_INPUTS = ("tasks.jsonl", "passages.jsonl")
 _LOG = "trajectories.jsonl"
 
 
@@ -54,19 +58,18 @@ class Clustered(NamedTuple):
     missing: int
     """Tasks without a trajectory; the same command goes on with them."""
     duplicates: int
-    """Trajectories that two tries of a shard had both finished."""
+    """Trajectories that stood there twice: two tries of a shard had both finished them, or ``out``
+    had them from an earlier start."""
     problems: tuple[str, ...]
     """Shards that did not end well, and why."""
-
-
-class _Outcome(NamedTuple):
-    """How a shard ended."""
-
-    number: int
-    missing: int
-    """Rollouts that ended by errors."""
-    problem: str | None
-    exit_code: int = 0
+    stopped: tuple[str, ...] = ()
+    """Shards that came to the end of their part of a limit, and which."""
+    spent: Spent = Spent()
+    """By all shards over all starts, as far as the store has their logs."""
+    unpriced: tuple[str, ...] = ()
+    """Models without a price: they cost ``spent.seconds`` and are not in ``spent.cost``."""
+    faults: dict[str, int] = {}
+    """Failed calls of endpoints, by what they were."""
 
 
 def collect_on_ray(
@@ -87,21 +90,36 @@ def collect_on_ray(
         on_progress: called with the number of shards that have ended, and of all.
 
     Raises:
-        ConfigError: no endpoint, Ray is not installed or not reachable, or the store holds another run.
+        ConfigError: no endpoint, a limit that cannot be kept or divided, Ray is not installed or not
+            reachable, or ``out`` or the store holds another run.
         ProviderError: no shard finished anything because the endpoint failed.
         StorageError: the store cannot be read or written.
     """
     cluster = cluster or ClusterConfig()
-    if config.agent.api_base is None:
-        raise ConfigError("No endpoint was given.", "Pass --api-base http://HOST:PORT/v1.")
+    prices = price_table(config)
     if config.shard is not None:
         raise ConfigError("--shard and --engine ray exclude each other.", "Leave --shard out.")
+    if config.budget.max_tokens is not None and config.budget.max_tokens < cluster.shards:
+        raise ConfigError(
+            f"--max-tokens {config.budget.max_tokens} cannot be divided among {cluster.shards} shards.",
+            "Each gets its part of the limit: raise it, or use fewer --shards.",
+        )
+    check_inputs(config, out)  # it may hold another run
     url = store or str((out / "store").resolve())
     place = Store(url)
     _prepare(config, place, cluster)
     with _ray(cluster) as ray:
         outcomes = _run(ray, config, url, cluster, on_progress)
-    return _gather(config, place, out, outcomes)
+    return _gather(config, place, out, outcomes)._replace(**_bill(config, prices, out))
+
+
+def _bill(config: CollectConfig, prices: dict[str, Price], out: Path) -> dict[str, Any]:
+    """What the merged logs say that the run has cost."""
+    ledger = Ledger(prices=prices)
+    for folder in (out, out / FOLDER):
+        count_past(folder, ledger)
+    unpriced = sorted({teacher.model for teacher in config.everyone()} - set(prices))
+    return {"spent": ledger.spent(), "unpriced": tuple(unpriced), "faults": count_faults(out)}
 
 
 def _prepare(config: CollectConfig, place: Store, cluster: ClusterConfig) -> None:
@@ -110,7 +128,7 @@ def _prepare(config: CollectConfig, place: Store, cluster: ClusterConfig) -> Non
     if not taskset.tasks:
         raise DataError(f"The taskset {config.tasks!r} has no tasks.", "Check --tasks, --split and --n.")
     corpus = open_corpus(config.corpus, taskset.passages)
-    if config.corpus is not None and not corpus.passages and not _is_url(config.corpus):
+    if config.corpus is not None and not corpus.passages and not is_url(config.corpus):
         raise ConfigError(
             f"The index {config.corpus} is not on the nodes of the cluster.",
             "Give its passages (.jsonl), or serve it by `agentkd retriever` and give the URL.",
@@ -123,7 +141,7 @@ def _prepare(config: CollectConfig, place: Store, cluster: ClusterConfig) -> Non
         write_json(scratch / "cluster.json", settings)
         present = place.files("")
         if "cluster.json" in present:
-            for name in ("cluster.json", *_INPUTS):
+            for name in ("cluster.json", *INPUTS):
                 place.get(name, scratch / "theirs" / name)
                 if (scratch / "theirs" / name).read_bytes() != (scratch / name).read_bytes():
                     raise ConfigError(
@@ -131,18 +149,13 @@ def _prepare(config: CollectConfig, place: Store, cluster: ClusterConfig) -> Non
                         "Choose another --store, or give the settings of that run.",
                     )
             return
-        for name in (*_INPUTS, "cluster.json"):
+        for name in (*INPUTS, "cluster.json"):
             place.put(scratch / name, name)
-
-
-def _is_url(source: str | Path) -> bool:
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
 def _lasting(config: CollectConfig) -> dict[str, Any]:
     """What a run must go on with: not where the model is served, nor how fast it is asked."""
-    agent = config.agent.model_dump(mode="json", exclude={"api_base", "timeout"})
-    return {"agent": agent, "samples": config.samples, "labels": config.labels}
+    return {**config.lasting(), "samples": config.samples}
 
 
 @contextmanager
@@ -167,123 +180,109 @@ def _run(
     url: str,
     cluster: ClusterConfig,
     on_progress: Callable[[int, int], None] | None,
-) -> list[_Outcome]:
+) -> list[Outcome]:
     remote = ray.remote(num_cpus=cluster.cpus, max_retries=cluster.restarts)(run_shard)
-    numbers = {
-        remote.remote(config, url, number, cluster.shards, cluster.copy_seconds): number
-        for number in range(1, cluster.shards + 1)
-    }
-    outcomes: list[_Outcome] = []
-    waiting = list(numbers)
-    while waiting:
+    at_once = _at_once(ray, cluster)
+    shared = _shared(config, at_once)
+    # Where limits a minute are divided, no more shards may begin than they were divided for.
+    most = at_once if _has_rates(config) else cluster.shards
+    until = time.time() + 3600 * config.budget.max_hours if config.budget.max_hours else None
+    todo = deque(range(1, cluster.shards + 1))
+    numbers: dict[Any, int] = {}
+    outcomes: list[Outcome] = []
+    waiting: list[Any] = []
+    while todo or waiting:
+        while todo and len(waiting) < most:
+            number = todo.popleft()
+            waiting.append(remote.remote(shared, url, number, cluster.shards, cluster.copy_seconds, until))
+            numbers[waiting[-1]] = number
         if on_progress:
-            on_progress(len(outcomes), len(numbers))
+            on_progress(len(outcomes), cluster.shards)
         ready, waiting = ray.wait(waiting, timeout=1.0)
         for reference in ready:
             try:
                 outcomes.append(ray.get(reference))
             except ray.exceptions.RayError as exc:
                 reason = f"{type(exc).__name__}: {str(exc).strip().splitlines()[-1]}"
-                outcomes.append(_Outcome(numbers[reference], 0, reason, AgentkdError.exit_code))
+                outcomes.append(Outcome(numbers[reference], 0, reason, AgentkdError.exit_code))
     if on_progress:
-        on_progress(len(outcomes), len(numbers))
+        on_progress(len(outcomes), cluster.shards)
     return outcomes
 
 
-def run_shard(config: CollectConfig, url: str, number: int, of: int, copy_seconds: float) -> _Outcome:
-    """Collect one shard on this node, going on from the best copy of it in the store.
-
-    Every try has a folder of its own in the store, so that a node that was given up but still
-    writes does no harm; the merge takes each trajectory once.
-    """
-    place = Store(url)
-    before = Path.cwd()
-    with tempfile.TemporaryDirectory(prefix="agentkd-shard-") as scratch:
-        os.chdir(scratch)  # the settings of a shard then name no place of this node
-        try:
-            run = Path("run")
-            for name in _INPUTS:
-                place.get(name, Path(name))
-            if not Shard(number, of).take(load_tasks(Path("tasks.jsonl"))):
-                return _Outcome(number, 0, None)
-            for name in _best_try(place, number):
-                place.get(name, run / Path(name).name)
-            mine = f"{_folder(number)}/{uuid.uuid4().hex}"
-            with Mirror(run, place, mine, copy_seconds, leave=_INPUTS):
-                done = collect(_local(config, f"{number}/{of}"), run)
-            return _Outcome(number, done.missing, None)
-        except AgentkdError as exc:
-            return _Outcome(number, 0, str(exc), exc.exit_code)
-        finally:
-            os.chdir(before)
+def _at_once(ray: Any, cluster: ClusterConfig) -> int:
+    """Shards that the cluster has cores for now."""
+    cores = float(ray.cluster_resources().get("CPU", 0.0))
+    return max(1, min(cluster.shards, int(cores // cluster.cpus)))
 
 
-def _local(config: CollectConfig, shard: str) -> CollectConfig:
-    corpus: str | Path | None = Path("passages.jsonl") if Path("passages.jsonl").stat().st_size else None
-    if corpus is None and config.corpus is not None and _is_url(config.corpus):
-        corpus = config.corpus
-    inputs = {"tasks": "tasks.jsonl", "split": "all", "n": None, "seed": 0, "corpus": corpus}
-    return config.model_copy(update={**inputs, "shard": shard})
+def _has_rates(config: CollectConfig) -> bool:
+    gates = [teacher.gate for teacher in config.everyone()]
+    return any(gate.requests_per_minute or gate.tokens_per_minute for gate in gates)
 
 
-def _folder(number: int) -> str:
-    return f"shards/{number:05d}"
-
-
-def _tries(place: Store, folder: str) -> dict[str, dict[str, int]]:
-    """The files of each try of a shard, with their sizes."""
-    tries: dict[str, dict[str, int]] = {}
-    for name, size in place.files(folder).items():
-        tries.setdefault(name.rpartition("/")[0], {})[name] = size
-    return tries
-
-
-def _best_try(place: Store, number: int) -> list[str]:
-    """The files of the try that had finished most."""
-    tries = _tries(place, _folder(number))
-    best = max(tries, key=lambda name: tries[name].get(f"{name}/{_LOG}", 0), default=None)
-    return list(tries[best]) if best else []
-
-
-def _gather(config: CollectConfig, place: Store, out: Path, outcomes: list[_Outcome]) -> Clustered:
-    """Merge all tries of all shards into ``out``, and copy the result to the store."""
-    problems = tuple(
-        f"shard {item.number}: {item.problem}"
-        for item in sorted(outcomes, key=lambda item: item.number)
-        if item.problem
+def _shared(config: CollectConfig, count: int) -> CollectConfig:
+    """The settings of one of ``count`` shards that ask the same endpoints at a time."""
+    teachers = tuple(
+        teacher.model_copy(update={"gate": teacher.gate.share(count)}) for teacher in config.teachers
     )
+    return config.model_copy(update={"gate": config.gate.share(count), "teachers": teachers})
+
+
+def _gather(config: CollectConfig, place: Store, out: Path, outcomes: list[Outcome]) -> Clustered:
+    """Merge all tries of all shards into ``out``, and copy the result to the store."""
+    ordered = sorted(outcomes, key=lambda item: item.number)
+    problems = tuple(f"shard {item.number}: {item.problem}" for item in ordered if item.problem)
+    stopped = tuple(f"shard {item.number}: {item.stopped}" for item in ordered if item.stopped)
     with tempfile.TemporaryDirectory(prefix="agentkd-merge-") as folder:
         scratch = Path(folder)
-        runs = []
-        for number, files in enumerate(_tries(place, "shards").values()):
-            if any(name.endswith(f"/{_LOG}") for name in files):
-                runs.append(scratch / str(number))
-                for name in files:
-                    place.get(name, runs[-1] / Path(name).name)
-        if not runs:
-            _give_up(outcomes, problems)
-        for name in _INPUTS:
+        runs = fetch_tries(place, scratch)
+        if not any((run / _LOG).is_file() for run in runs):
+            _give_up(outcomes, problems or stopped)
+        for name in INPUTS:
             place.get(name, runs[0] / name)
+        for run in runs:
+            (run / _LOG).touch()  # of one that had chains of thought only
+            _restore_settings(run / "config.json", config)
+        if (out / _LOG).is_file():  # of an earlier start, and perhaps gone on with on this machine
+            runs.append(out)
         merged = merge_runs(runs, scratch / "merged")
-        _restore_settings(scratch / "merged" / "config.json", config)
-        out.mkdir(parents=True, exist_ok=True)
-        names = sorted(path.name for path in (scratch / "merged").iterdir())
-        for name in sorted(names, key=lambda name: name == "manifest.json"):  # it closes the run
-            _install(scratch / "merged" / name, out / name)
-            place.put(scratch / "merged" / name, f"merged/{name}")
-        for name in {"errors.jsonl", "passages.jsonl"} - set(names):
-            (out / name).unlink(missing_ok=True)
-            place.remove(f"merged/{name}")
+        _publish(scratch / "merged", place, out)
     return Clustered(
-        out, merged.trajectories, merged.correct, merged.missing_tasks, merged.duplicates, problems
+        out,
+        merged.trajectories,
+        merged.correct,
+        merged.missing_tasks,
+        merged.duplicates,
+        problems,
+        stopped,
     )
 
 
-def _give_up(outcomes: list[_Outcome], problems: tuple[str, ...]) -> None:
+def _publish(merged: Path, place: Store, out: Path) -> None:
+    """Put the merged run into ``out`` and into the store, and take away what an earlier one left there."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.relative_to(merged).as_posix() for path in merged.rglob("*") if path.is_file())
+    for name in sorted(names, key=lambda name: name == "manifest.json"):  # it closes the run
+        _install(merged / name, out / name)
+        place.put(merged / name, f"merged/{name}")
+    single = {"errors.jsonl", "passages.jsonl", f"{FOLDER}/errors.jsonl"}
+    logs = {
+        path.relative_to(out).as_posix()
+        for folder in (out, out / FOLDER)
+        for pattern in ("calls-*.jsonl", "faults-*.jsonl")
+        for path in folder.glob(pattern)
+    }
+    for name in (single | logs) - set(names):
+        (out / name).unlink(missing_ok=True)
+        place.remove(f"merged/{name}")
+
+
+def _give_up(outcomes: list[Outcome], reasons: tuple[str, ...]) -> None:
     codes = {item.exit_code for item in outcomes if item.problem}
     error = ProviderError if codes == {ProviderError.exit_code} else AgentkdError
     raise error(
-        f"No shard finished anything; {problems[0] if problems else 'none was begun'}",
+        f"No shard finished anything; {reasons[0] if reasons else 'none was begun'}",
         "Mend that, then run the same command again.",
     )
 
@@ -297,6 +296,7 @@ def _restore_settings(path: Path, config: CollectConfig) -> None:
 
 
 def _install(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     partial.write_bytes(source.read_bytes())
     partial.replace(target)

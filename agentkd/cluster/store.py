@@ -80,14 +80,14 @@ class Store:
 
 
 class Mirror:
-    """Copies a folder into a store again and again, for as long as the block lasts.
+    """Copies a folder and what is below it into a store again and again, for as long as the block lasts.
 
     Args:
         folder: may not exist yet.
         store: where the copy goes.
         name: folder in the store.
         every: seconds between two copies.
-        leave: names of files that are not copied.
+        leave: names of files at the top of the folder that are not copied.
     """
 
     def __init__(self, folder: Path, store: Store, name: str, every: float, leave: Iterable[str]) -> None:
@@ -100,10 +100,11 @@ class Mirror:
     def copy(self) -> None:
         """Copy what has changed since the last time, and delete what is gone."""
         present: dict[str, tuple[int, int]] = {}
-        for path in sorted(self.folder.glob("*")) if self.folder.is_dir() else ():
-            if path.is_file() and path.name not in self.leave and path.suffix not in (".partial", ".lock"):
+        for path in sorted(self.folder.rglob("*")) if self.folder.is_dir() else ():
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and name not in self.leave and path.suffix not in (".partial", ".lock"):
                 stat = path.stat()
-                present[path.name] = (stat.st_size, stat.st_mtime_ns)
+                present[name] = (stat.st_size, stat.st_mtime_ns)
         for name, state in present.items():
             if self._sent.get(name) != state:
                 self.store.put(self.folder / name, f"{self.name}/{name}")

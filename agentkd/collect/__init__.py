@@ -18,7 +18,7 @@ A run that was stopped goes on where it stopped, inside a trajectory if need be.
 from agentkd.collect.config import CollectConfig, TeacherConfig, load_teachers
 from agentkd.collect.estimate import Estimate, estimate
 from agentkd.collect.replay import replay
-from agentkd.collect.run import Collected, collect, expect
+from agentkd.collect.run import Collected, collect, count_faults, expect, price_table
 
 __all__ = [
     "CollectConfig",
@@ -26,8 +26,10 @@ __all__ = [
     "Estimate",
     "TeacherConfig",
     "collect",
+    "count_faults",
     "estimate",
     "expect",
     "load_teachers",
+    "price_table",
     "replay",
 ]

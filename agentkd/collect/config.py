@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,24 +46,47 @@ class TeacherConfig(BaseModel):
 def load_teachers(path: Path) -> tuple[TeacherConfig, ...]:
     """Read a file of teachers: TOML, one ``[[teachers]]`` each, with ``api_key_env`` for its key.
 
+    Without that, ``OPENAI_API_KEY`` is sent to OpenAI alone, and nothing to anybody else.
+
     Raises:
-        ConfigError: no such file, not TOML, or a wrong or unknown setting (named).
+        ConfigError: no such file, not TOML, a wrong or unknown setting (named), or a key that is not set.
     """
     if not path.is_file():
         raise ConfigError(f"There is no file {path}.", "Check --endpoints.")
     with boundary(ConfigError, f"reading {path}"):
         rows = tomllib.loads(path.read_text(encoding="utf-8")).get("teachers", [])
-    teachers = []
-    for number, row in enumerate(rows, 1):
-        key = os.environ.get(row.pop("api_key_env", "OPENAI_API_KEY"))
-        try:
-            teachers.append(TeacherConfig(**row, api_key=key))
-        except (ValidationError, TypeError) as exc:
-            what = first_problem(exc) if isinstance(exc, ValidationError) else str(exc)
-            raise ConfigError(f"{path}: teacher {number}: {what}.", _EXAMPLE) from exc
-    if not teachers:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{path}: the teachers are no list of tables.", _EXAMPLE)
+    if not rows:
         raise ConfigError(f"{path} names no teachers.", _EXAMPLE)
-    return tuple(teachers)
+    return tuple(_teacher(f"{path}: teacher {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _teacher(where: str, row: dict[str, Any]) -> TeacherConfig:
+    named = row.pop("api_key_env", None)
+    if named is not None and not (isinstance(named, str) and os.environ.get(named)):
+        raise ConfigError(f"{where}: the environment variable {named} is not set.", "Set it to the key.")
+    try:
+        teacher = TeacherConfig(**row)
+    except ValidationError as exc:
+        raise ConfigError(f"{where}: {first_problem(exc)}.", _EXAMPLE) from exc
+    if teacher.api_key is not None:
+        raise ConfigError(
+            f"{where}: api_key: a key does not belong into a file.",
+            'Put it into an environment variable, and write api_key_env = "ITS_NAME".',
+        )
+    if named is None and _is_openai(teacher.api_base):
+        named = "OPENAI_API_KEY"
+    return teacher.model_copy(update={"api_key": os.environ.get(named) if named else None})
+
+
+def _is_openai(api_base: str) -> bool:
+    """Whose key ``OPENAI_API_KEY`` is: other programs send it to nobody else without being told to."""
+    try:
+        host = urlsplit(api_base).hostname or ""
+    except ValueError:  # no URL at all: the first call says so
+        return False
+    return host == "openai.com" or host.endswith(".openai.com")
 
 
 class CollectConfig(BaseModel):
@@ -120,8 +144,15 @@ class CollectConfig(BaseModel):
         )
 
     def everyone(self) -> tuple[TeacherConfig, ...]:
-        """All teachers; the first is the agent's own endpoint."""
-        assert self.agent.api_base is not None
+        """All teachers; the first is the agent's own endpoint.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if self.agent.api_base is None:
+            raise ConfigError(
+                "No endpoint was given.", "Pass --api-base http://HOST:PORT/v1, or --teacher expert."
+            )
         first = TeacherConfig(
             model=self.agent.model,
             api_base=self.agent.api_base,

@@ -33,6 +33,18 @@ class Estimate(NamedTuple):
     basis: str
     """What it rests on, in words."""
 
+    def plus(self, other: Estimate) -> Estimate:
+        """Both together."""
+        costs = None if self.cost is None or other.cost is None else self.cost + other.cost
+        return Estimate(
+            self.rollouts + other.rollouts,
+            self.calls + other.calls,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            costs,
+            self.basis if self.basis == other.basis else f"{self.basis}; and {other.basis}",
+        )
+
     def text(self) -> str:
         """One line for people."""
         money = "" if self.cost is None else f", about ${self.cost:.2f}"

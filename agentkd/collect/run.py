@@ -13,6 +13,7 @@ from agentkd.collect.estimate import Estimate, estimate
 from agentkd.collect.folder import RunLock, begin, check_inputs, stored_retriever
 from agentkd.errors import ConfigError, ProviderError
 from agentkd.first_thought import (
+    FOLDER,
     FirstThoughts,
     collect_first_thoughts,
     first_thought_log,
@@ -20,8 +21,8 @@ from agentkd.first_thought import (
 )
 from agentkd.gate import Gate
 from agentkd.model import check_endpoint, fault_of
-from agentkd.record import iter_jsonl, write_manifest
-from agentkd.rollouts import Progress, RunOptions, count_left, finished_rollouts, run_seats
+from agentkd.record import write_manifest
+from agentkd.rollouts import Progress, RunOptions, count_left, count_past, finished_rollouts, run_seats
 from agentkd.sandbox import start_sandbox
 from agentkd.scorer import check_scorers
 from agentkd.spend import Ledger, Price, Spent, published_price
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from agentkd.crew import Outfit, Seat
     from agentkd.gate import GateConfig
 
-__all__ = ["Collected", "collect", "expect", "price_table"]
+__all__ = ["Collected", "collect", "count_faults", "expect", "price_table"]
 
 
 class Collected(NamedTuple):
@@ -65,6 +66,7 @@ def collect(
     out: Path,
     on_progress: Callable[[Progress], None] | None = None,
     on_first_thought: Callable[[Progress], None] | None = None,
+    ledger: Ledger | None = None,
 ) -> Collected:
     """Collect trajectories into the folder ``out``; goes on where an earlier run stopped.
 
@@ -73,6 +75,7 @@ def collect(
         out: the run's folder.
         on_progress: told of each rollout.
         on_first_thought: told of each chain of thought that first thoughts are taken from.
+        ledger: of a run that shares the budget with others; by default all of it is this run's.
 
     Raises:
         ConfigError: a setting is wrong, ``out`` holds another run, or another process is in it.
@@ -90,7 +93,7 @@ def collect(
         if unfinished:
             _check_endpoints(config.everyone())
         begin(config, out, every, corpus)  # only now: a mistake above must not bind the folder to it
-        ledger = Ledger(config.budget, prices)
+        ledger = ledger or Ledger(config.budget, prices)
         thoughts = _first_thoughts(config, tasks, out, unfinished, ledger, on_first_thought)
         if thoughts is not None:
             # A task whose chain of thought ended by an error waits for the next start.
@@ -109,8 +112,8 @@ def collect(
             result.wanted + wanted - len(tasks) * config.samples,
             result.spent,
             tuple(sorted({teacher.model for teacher in config.everyone()} - set(prices))),
-            _faults(out),
-            result.stopped,
+            count_faults(out),
+            result.stopped or (thoughts.stopped if thoughts is not None else None),
             thoughts,
         )
         _close(config, done)
@@ -133,10 +136,7 @@ def expect(config: CollectConfig, out: Path) -> Estimate:
 
 
 def _check(config: CollectConfig) -> None:
-    if config.agent.api_base is None:
-        raise ConfigError(
-            "No endpoint was given.", "Pass --api-base http://HOST:PORT/v1, or --teacher expert."
-        )
+    config.everyone()  # raises that there is no endpoint
     if config.agent.kind == "agent":
         from agentkd.sandbox import open_sandbox
 
@@ -193,18 +193,21 @@ def _first_thoughts(
     if config.first_thought is None:
         return None
     if not unfinished and (known := load_first_thoughts(out)) is not None:
+        count_past(out / FOLDER, ledger)
         return known
+    count_past(out, ledger)  # before the pass spends anything of what is left
+    teachers = config.everyone()
 
-    def run(tasks: Sequence[Task], agent: AgentConfig, log: Path) -> None:
-        from agentkd.crew import Seat
+    def run(tasks: Sequence[Task], agent: AgentConfig, log: Path) -> str | None:
+        seat = _seat(config, teachers[0], out)._replace(
+            make_agent=_Agents(agent, teachers[0].gate, out, thinking=True),
+            config=agent.model_dump(mode="json"),
+            temperatures=(),
+        )
+        options = RunOptions(attempts=config.attempts, max_seconds=agent.max_seconds, fsync=config.fsync)
+        return run_seats(tasks, [seat], log, options, ledger=ledger, on_progress=on_progress).stopped
 
-        gate = Gate(config.gate, fault_of, name=str(agent.api_base))
-        make = agent_factory(agent, gate=gate)
-        seat = Seat(make, config.workers, agent.model, agent.model_dump(mode="json"), config.labels)
-        options = RunOptions(max_seconds=agent.max_seconds, fsync=config.fsync)
-        run_seats(tasks, [seat], log, options, ledger=ledger, on_progress=on_progress)
-
-    agents = [config.agent_of(teacher) for teacher in config.everyone()]
+    agents = [config.agent_of(teacher) for teacher in teachers]
     return collect_first_thoughts(tasks, agents, config.first_thought, out, run)
 
 
@@ -223,7 +226,7 @@ def _seat(config: CollectConfig, teacher: TeacherConfig, out: Path) -> Seat:
 
     agent = config.agent_of(teacher)
     return Seat(
-        _Agents(agent, teacher.gate, out, config.temperatures, config.first_thought is not None),
+        _Agents(agent, teacher.gate, out, config.temperatures, given=config.first_thought is not None),
         teacher.workers or config.workers,
         teacher.model,
         agent.model_dump(mode="json"),
@@ -234,29 +237,42 @@ def _seat(config: CollectConfig, teacher: TeacherConfig, out: Path) -> Seat:
 
 
 class _Agents:
-    """Makes the agents of one teacher; can be sent to another process, and is opened there."""
+    """Makes the agents of one teacher; can be sent to another process, and is opened there.
+
+    Args:
+        agent, gate, out, temperatures: of the run.
+        given: whether their first step begins with a first thought.
+        thinking: whether they have the chains of thought that those are taken from, without tools.
+    """
 
     def __init__(
-        self, agent: AgentConfig, gate: GateConfig, out: Path, temperatures: tuple[float, ...], given: bool
+        self,
+        agent: AgentConfig,
+        gate: GateConfig,
+        out: Path,
+        temperatures: tuple[float, ...] = (),
+        *,
+        given: bool = False,
+        thinking: bool = False,
     ) -> None:
         self.agent, self.gate, self.out, self.temperatures = agent, gate, out, temperatures
-        self.given = given
+        self.given, self.thinking = given, thinking
         self._make: Callable[[Task, int], StepAgent] | None = None
 
     def open(self, outfit: Outfit) -> None:
         """Make what the agents of this process share: the tools, the connection and its gate."""
-        name = str(self.agent.api_base)
+        name, model = str(self.agent.api_base), self.agent.model
         gate = Gate(
             self.gate.share(outfit.share),
             fault_of,
             name=name,
-            on_fault=lambda fault, message, wait: outfit.on_fault(name, fault, message, wait),
+            on_fault=lambda fault, message, wait: outfit.on_fault(name, model, fault, message, wait),
             check=outfit.check,
             on_wait=lambda why, seconds: outfit.on_wait(name, why, seconds),
         )
         if self.agent.kind == "agent":
             start_sandbox(self.agent.sandbox, imports=self.agent.imports)  # before there are threads
-        tools = search_tools(stored_retriever(self.out), self.agent)
+        tools = [] if self.thinking else search_tools(stored_retriever(self.out), self.agent)
         make = agent_factory(self.agent, tools, gate=gate, temperatures=self.temperatures)
         thoughts = load_first_thoughts(self.out) if self.given else None
         self._make = thoughts.give(make) if thoughts is not None else make
@@ -266,15 +282,12 @@ class _Agents:
         return self._make(task, sample)
 
 
-def _faults(out: Path) -> dict[str, int]:
-    from agentkd.crew import FaultNote
+def count_faults(out: Path) -> dict[str, int]:
+    """Failed calls of endpoints in all starts of a run, by what they were."""
+    from agentkd.crew import iter_faults
 
-    paths = sorted(out.glob("faults-*.jsonl"))
-    return dict(
-        Counter(
-            note.what for path in paths for note in iter_jsonl(path, FaultNote, skip_torn=True)
-        ).most_common()
-    )
+    notes = (note for folder in (out, out / FOLDER) for note in iter_faults(folder))
+    return dict(Counter(note.what for note in notes).most_common())
 
 
 def _close(config: CollectConfig, done: Collected) -> None:

@@ -51,7 +51,12 @@ def adapt(
     required: Annotated[
         bool, typer.Option("--required", help="Also teach the prompt that requires tools.")
     ] = False,
-    thought: Annotated[str, typer.Option(help="Thought of a literal answer.")] = "I know this.",
+    thought: Annotated[
+        str,
+        typer.Option(
+            help="Thought of a literal answer; {goal} is the first clause of the trajectory's thought, {answer} the answer."
+        ),
+    ] = "I know this.",
     longest_answer: Annotated[int, typer.Option(min=1, help="Characters of a literal answer.")] = 80,
     api_base: Annotated[
         str | None, typer.Option(help="A teacher writes the solutions: its endpoint.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentkd.commands.bill import bill_figures, bill_lines
 from agentkd.commands.console import print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ def run_on_ray(
     cluster = ClusterConfig(shards=shards, address=address)
     if as_json:
         done = collect_on_ray(config, out, store, cluster)
-        print_json({**done._asdict(), "folder": str(done.folder)})
+        figures = {**done._asdict(), "folder": str(done.folder)}
+        del figures["spent"], figures["unpriced"]
+        print_json({**figures, **bill_figures(done.spent, done.unpriced, done.faults)})
         return
     with progress_bar() as bar:
         task: Any = bar.add_task("shards", total=None, note="")
@@ -30,8 +33,12 @@ def run_on_ray(
             config, out, store, cluster, lambda ended, of: bar.update(task, completed=ended, total=of)
         )
     print(f"{done.trajectories} trajectories, {done.correct} correct, in {out / 'trajectories.jsonl'}")
+    for line in bill_lines(done.spent, done.unpriced, done.faults, f"{out}/faults-*.jsonl"):
+        print(line)
     for problem in done.problems:
         print(problem)
+    for stopped in done.stopped:
+        print(f"{stopped}: its part is spent.")
     if done.missing:
         print(f"{done.missing} tasks have no trajectory; run again to go on with them.")
     print(f"Next: agentkd filter {out} --out {out / 'kept'}")

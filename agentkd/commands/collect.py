@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentkd.commands.bill import bill_figures, bill_lines
 from agentkd.commands.console import (
     Corpus,
     Json,
@@ -39,6 +40,13 @@ EPILOG = (
     "`agentkd collect ... --samples 4 --temperatures 0,0.7 --enough 1 --max-cost 20 --workers 128`\n\n"
     "`agentkd collect --replay runs/mine --out runs/again` (from its log, without an endpoint)"
 )
+
+
+def _above_nothing(value: Any) -> Any:
+    """A limit of nothing would let nothing be done; whoever gives it may mean that there is none."""
+    if value is not None and not value > 0:
+        raise typer.BadParameter(f"{value:g} leaves nothing to spend; for no limit, leave the option out.")
+    return value
 
 
 def register(app: typer.Typer) -> None:
@@ -104,11 +112,15 @@ def collect(
     retries: Annotated[int, typer.Option(min=0, help="Repeats of a call that fails.")] = 5,
     rpm: Annotated[float | None, typer.Option(min=1, help="Requests a minute, at most.")] = None,
     tpm: Annotated[float | None, typer.Option(min=1, help="Tokens a minute, at most.")] = None,
-    max_cost: Annotated[float | None, typer.Option(min=0, help="Stop at so many US dollars.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop at so many tokens, prompts included.")
+    max_cost: Annotated[
+        float | None, typer.Option(callback=_above_nothing, help="Stop at so many US dollars.")
     ] = None,
-    max_hours: Annotated[float | None, typer.Option(min=0, help="Stop after so many hours.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(callback=_above_nothing, help="Stop at so many tokens, prompts included.")
+    ] = None,
+    max_hours: Annotated[
+        float | None, typer.Option(callback=_above_nothing, help="Stop after so many hours.")
+    ] = None,
     prices: Annotated[
         Path | None, typer.Option(help="Prices (TOML) by model, over the published ones.")
     ] = None,
@@ -176,19 +188,21 @@ def collect(
             if first.gate != GateConfig()
             else GateConfig(retries=retries, requests_per_minute=rpm, tokens_per_minute=tpm),
             teachers=others,
-            budget=Budget(max_cost=max_cost or None, max_tokens=max_tokens, max_hours=max_hours or None),
+            budget=Budget(max_cost=max_cost, max_tokens=max_tokens, max_hours=max_hours),
             prices=load_prices(prices) if prices else {},
             fsync=fsync,
             labels=labels,
             shard=shard,
         )
-        if engine == "ray":
+        if engine not in ("local", "ray"):
+            raise ConfigError(f"Unknown engine {engine!r}.", 'Known engines: "local", "ray".')
+        if engine == "ray" and compare:
+            raise ConfigError("--compare and --engine ray exclude each other.", "Leave --compare out.")
+        if engine == "ray" and not estimate:
             from agentkd.commands.cluster import run_on_ray
 
             run_on_ray(config, out, store, shards, ray_address, as_json)
             return
-        if engine != "local":
-            raise ConfigError(f"Unknown engine {engine!r}.", 'Known engines: "local", "ray".')
         _run(config, out, compare, estimate, as_json)
 
 
@@ -196,7 +210,12 @@ def _run(config: CollectConfig, out: Path, compare: bool, only_estimate: bool, a
     from agentkd.collect import collect as run
     from agentkd.collect import expect
 
-    expected = expect(config, out)
+    if compare:
+        from agentkd.first_thought_report import compare_first_thoughts, expect_comparison
+
+        expected = expect_comparison(config, out)
+    else:
+        expected = expect(config, out)
     if only_estimate:
         if as_json:
             print_json(expected._asdict())
@@ -208,8 +227,6 @@ def _run(config: CollectConfig, out: Path, compare: bool, only_estimate: bool, a
     try:
         with _terminable(), _display(as_json) as show:
             if compare:
-                from agentkd.first_thought_report import compare_first_thoughts
-
                 done = compare_first_thoughts(config, out, show, show, show)
             else:
                 done = run(config, out, show, show)
@@ -258,11 +275,7 @@ def _figures(done: Collected) -> dict[str, Any]:
         "correct": sum(item.correct for item in done.trajectories),
         "missing": done.missing,
         "stopped": done.stopped,
-        "calls": done.spent.calls,
-        "usage": done.spent.usage.model_dump(),
-        "model_seconds": round(done.spent.seconds, 1),
-        "cost": None if done.unpriced else round(done.spent.cost, 6),
-        "faults": done.faults,
+        **bill_figures(done.spent, done.unpriced, done.faults),
         **({"first_thoughts": done.first_thoughts.counts()} if done.first_thoughts else {}),
     }
 
@@ -274,18 +287,8 @@ def _say(done: Collected) -> None:
     )
     if done.first_thoughts is not None:
         print(done.first_thoughts.summary())
-    usage, faults = done.spent.usage, sum(done.faults.values())
-    money = f"{done.spent.seconds:.0f} s of {', '.join(done.unpriced)}" if done.unpriced else ""
-    money = money or f"${done.spent.cost:.4f}"
-    print(
-        f"{done.spent.calls} calls, {usage.input_tokens} prompt tokens ({usage.cached_tokens} cached), "
-        f"{usage.output_tokens} sampled, {money}"
-    )
-    if usage.uncounted_calls:
-        print(f"{usage.uncounted_calls} calls came without token counts.")
-    if faults:
-        kinds = ", ".join(f"{count} x {what}" for what, count in done.faults.items())
-        print(f"{faults} faults of endpoints ({kinds}), see {done.folder}/faults-*.jsonl")
+    for line in bill_lines(done.spent, done.unpriced, done.faults, f"{done.folder}/faults-*.jsonl"):
+        print(line)
     if done.stopped:
         print(f"Stopped at {done.stopped}; {done.missing} rollouts are left for the same command.")
     elif done.missing:

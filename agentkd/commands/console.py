@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+from agentkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from agentkd.rollouts import Progress
@@ -27,6 +29,7 @@ __all__ = [
     "print_json",
     "progress_bar",
     "rollout_progress",
+    "setting_pairs",
     "working",
 ]
 
@@ -57,6 +60,19 @@ def leave(code: int) -> NoReturn:
     sys.stderr.flush()
     atexit._run_exitfuncs()
     os._exit(code)
+
+
+def setting_pairs(pairs: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of ``--set name=value``.
+
+    Raises:
+        ConfigError: one has no sign between them.
+    """
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {pair!r} cannot be read.", "Write it as --set name=value.")
+        yield name.strip(), value
 
 
 def print_json(value: Any) -> None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentkd.commands.console import Json, print_json
-from agentkd.errors import ConfigError
+from agentkd.commands.console import Json, print_json, progress_bar, setting_pairs
+from agentkd.errors import ConfigError, first_problem
 
 if TYPE_CHECKING:
     from agentkd.distill import DistillConfig
-    from agentkd.distill.served import ServedParity
+    from agentkd.distill.served import Ask, ServedParity
 
 __all__ = ["check_student", "register"]
 
@@ -26,7 +26,10 @@ def register(app: typer.Typer) -> None:
         "`agentkd distill kept.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --epochs 2 --lr 2e-4 --rank 64 "
         "--out student`\n\n"
         "`agentkd distill adapt/mix.jsonl --from student --out adapted`\n\n"
+        "`agentkd distill kept.jsonl --base ORG/LARGE --gpus 8 --shard --out student`\n\n"
         "`agentkd distill kept.jsonl --objective aft --negatives dropped.jsonl --out student`\n\n"
+        "`agentkd distill kept.jsonl --teacher-model FOLDER --record-teacher teacher.jsonl`, then\n\n"
+        "`agentkd distill kept.jsonl --objective first --teacher-logprobs teacher.jsonl --out student`\n\n"
         "`agentkd distill kept.jsonl --show-mask 2` (which tokens would be learnt; trains nothing)\n\n"
         "`agentkd distill --check student` (is what is served what was trained?)",
     )(distill)
@@ -68,7 +71,7 @@ def distill(
         str,
         typer.Option(
             help="What is minimised: sft, masked, aft, dpo, forward-kl, reverse-kl, jsd, taid, first, "
-            "plackett-luce."
+            "plackett-luce; or yours, as module:Name."
         ),
     ] = "sft",
     negatives: Annotated[
@@ -77,6 +80,17 @@ def distill(
     teacher_model: Annotated[
         str | None, typer.Option(help="For the last six: a local model with the same vocabulary.")
     ] = None,
+    teacher_logprobs: Annotated[
+        Path | None,
+        typer.Option(help="For first and plackett-luce, instead of the model: what --record-teacher wrote."),
+    ] = None,
+    record_teacher: Annotated[
+        Path | None,
+        typer.Option(help="Write the likeliest tokens of --teacher-model there, and train nothing."),
+    ] = None,
+    teacher_top: Annotated[
+        int, typer.Option(min=1, help="With --record-teacher: likeliest tokens of each target.")
+    ] = 20,
     order: Annotated[
         str, typer.Option(help='Each pass in another order ("shuffle"), or in that of the "file".')
     ] = "shuffle",
@@ -103,7 +117,22 @@ def distill(
             min=1, help="Processes that train together, a GPU each; without GPUs they share the cores."
         ),
     ] = 1,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="With --gpus N: shard weights, gradients and optimiser over them (FSDP), for a model that does "
+            "not fit one GPU.",
+        ),
+    ] = False,
     seed: int = 0,
+    more: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting without an option of its own, as name=value: micro_tokens, lora_dropout, ...",
+        ),
+    ] = None,
     show_mask: Annotated[
         int, typer.Option(min=0, help="Print so many examples, coloured by what is learnt, and stop.")
     ] = 0,
@@ -143,6 +172,7 @@ def distill(
         "objective": objective,
         "negatives": str(negatives) if negatives else None,
         "teacher": teacher_model,
+        "teacher_logprobs": str(teacher_logprobs) if teacher_logprobs else None,
         "order": order,
         "precision": precision,
         "eval_fraction": eval_fraction,
@@ -150,18 +180,24 @@ def distill(
         "patience": patience,
         "gradient_checkpointing": gradient_checkpointing,
         "track": track,
+        "shard": shard,
         "seed": seed,
     }
-    config = DistillConfig(**settings)
+    config = DistillConfig(**settings, **_more(more or [], {*settings, *_SAID}))
     if show_mask:
         from agentkd.distill.show import show_examples
 
         show_examples(trajectories, config, show_mask)
         return
+    if record_teacher is not None:
+        _record(trajectories, record_teacher, config, teacher_top, as_json)
+        return
     if out is None:
         raise ConfigError("No folder to write was given.", "Add --out student.")
+    from agentkd.distill.adapters import check_shard
     from agentkd.distill.ranks import start_ranks, world
 
+    check_shard(config, max(gpus, world()))
     if gpus > 1 and world() == 1:
         if code := start_ranks(gpus, sys.argv[1:]):
             raise typer.Exit(code)
@@ -185,6 +221,22 @@ def _train(trajectories: Path, out: Path, config: DistillConfig, as_json: bool) 
     print(f"Next: agentkd serve {out}")
 
 
+def _record(trajectories: Path, out: Path, config: DistillConfig, top: int, as_json: bool) -> None:
+    from agentkd.distill.recorded import record_teacher
+
+    if as_json:
+        count = record_teacher(trajectories, out, config, top)
+        print_json({"out": str(out), "examples": count})
+        return
+    with progress_bar() as bar:
+        task = bar.add_task("teacher", total=None, note="")
+        count = record_teacher(
+            trajectories, out, config, top, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    print(f"{count} examples in {out}")
+    print(f"Next: agentkd distill {trajectories} --objective first --teacher-logprobs {out} --out student")
+
+
 def _student(
     parent: Path | None, base: str | None, kind: str | None, adapter: str | None, rank: int | None
 ) -> dict[str, Any]:
@@ -199,6 +251,53 @@ def _student(
     return {**adapter_settings(parent), **said, "parent": str(parent)}
 
 
+_SAID = ("parent", "base", "kind", "adapter", "lora_r")
+"""Settings that have an option, and are in the settings only where they were said."""
+_OPTIONS = {
+    "learning_rate": "--lr",
+    "lora_r": "--rank",
+    "parent": "--from",
+    "teacher": "--teacher-model",
+}
+"""Options that are not called as their settings are."""
+_JSON = "Write a list as JSON, as in --set 'imports=[\"math\"]'."
+
+
+def _more(pairs: list[str], own: set[str]) -> dict[str, Any]:
+    """Further settings of ``DistillConfig``, each read by its type.
+
+    Args:
+        pairs: ``name=value`` each.
+        own: settings that have an option.
+
+    Raises:
+        ConfigError: no such setting, one that has an option, or a value of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from agentkd.distill import DistillConfig
+
+    fields = {name: field for name, field in DistillConfig.model_fields.items() if name not in own}
+    found: dict[str, Any] = {}
+    for name, text in setting_pairs(pairs):
+        if name in own:
+            option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+            raise ConfigError(f"{name} has an option of its own.", f"Use {option} instead of --set {name}.")
+        if name not in fields:
+            raise ConfigError(f"There is no setting {name!r}.", f"Known: {', '.join(fields)}.")
+        read: TypeAdapter[Any] = TypeAdapter(fields[name].rebuild_annotation())
+        try:
+            found[name] = read.validate_python(text)
+        except ValidationError as exc:  # no plain word or number: a list, say
+            try:
+                found[name] = read.validate_json(text)
+            except ValidationError:
+                raise ConfigError(
+                    f"--set {name}={text} cannot be read: {first_problem(exc)}.", _JSON
+                ) from exc
+    return found
+
+
 def _check(student: Path, api_base: str | None, model: str | None, as_json: bool) -> None:
     from agentkd.distill.served import require_parity
 
@@ -209,7 +308,8 @@ def _check(student: Path, api_base: str | None, model: str | None, as_json: bool
         print(
             f"{result.prompts_equal} of {result.prompts} prompts have the ids of the training, "
             f"{result.canonical} of {result.stopped} finished greedy answers are canonical, "
-            f"{result.reproduced} are exactly what was taught ({result.served_by})"
+            f"{result.reproduced} are exactly what was taught, {result.unchanged} of {result.compared} are those "
+            f"of the finished student ({result.served_by})"
         )
         if result.sampled_other:
             print(f"{len(result.sampled_other)} of {result.sampled} sampled answers are other tokens.")
@@ -228,26 +328,30 @@ def check_student(
         api_key: bearer token.
 
     Raises:
-        ConfigError: not a student, nothing to replay, or its base model is another one.
+        ConfigError: not a student, nothing to replay, or base model or adapter are other ones.
     """
-    from agentkd.distill.served import check_served, endpoint, read_replays, record_served
+    from agentkd.distill.served import check_served, endpoint, read_known, read_replays, record_served
+    from agentkd.engine.probe import check_files
     from agentkd.engine.student import load_student
     from agentkd.engine.weights import load_tokenizer
     from agentkd.serve import Server, create_app, student_backend
 
     student = load_student(path)
     replays, tokenizer = read_replays(path), load_tokenizer(path)
+
+    def asked(ask: Ask, served_by: str) -> ServedParity:
+        return check_served(replays, student.system_prompt, tokenizer, ask, served_by, read_known(path))
+
     if api_base is not None:
         if model is None:
             raise ConfigError("No model was named.", "Pass --model as the endpoint lists it.")
-        ask = endpoint(api_base, model, api_key)
-        result = check_served(replays, student.system_prompt, tokenizer, ask, f"{model} at {api_base}")
+        result = asked(endpoint(api_base, model, api_key), f"{model} at {api_base}")
     else:
+        check_files(student)
         backend = student_backend(path)
         try:
             with Server(create_app([backend])) as server:
-                ask = endpoint(server.url, backend.model_id)
-                result = check_served(replays, student.system_prompt, tokenizer, ask, "agentkd serve")
+                result = asked(endpoint(server.url, backend.model_id), "agentkd serve")
         finally:
             backend.close()
     record_served(path, result)

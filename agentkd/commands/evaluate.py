@@ -65,6 +65,13 @@ def evaluate(
             '"all" compares them. The student\'s own by default.'
         ),
     ] = None,
+    tools: Annotated[
+        str | None,
+        typer.Option(
+            help='What counts as a tool for the router: "search", "code" or "both". '
+            'The student\'s own by default, else "both".'
+        ),
+    ] = None,
     target_tokens: Annotated[
         float | None, typer.Option(min=1, help="With --router all: mean tokens that a question may cost.")
     ] = None,
@@ -106,6 +113,7 @@ def evaluate(
             workers=workers,
             actions=actions,
             router=router,
+            tools=tools,
             target_tokens=target_tokens,
             save=save_test_time,
             runs=runs,

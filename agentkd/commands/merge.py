@@ -46,6 +46,8 @@ def merge(
     print(f"{done.trajectories} trajectories, {done.correct} correct, in {out / 'trajectories.jsonl'}")
     if done.duplicates:
         print(f"{done.duplicates} stood in more than one run; the first is kept.")
+    if not done.logged:
+        print("No run has a call log: the result cannot be replayed, and what it has cost is not known.")
     if done.missing_shards:
         print(f"No run was given of the shards {', '.join(done.missing_shards)}.")
     if done.missing_tasks:

@@ -31,7 +31,9 @@ def export_student(
     gguf: Annotated[
         Path | None, typer.Option(help="Write this file with llama.cpp's converter ($LLAMA_CPP or PATH).")
     ] = None,
-    push: Annotated[str | None, typer.Option(help="Upload the student folder to this repository.")] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Upload what serving needs to this repository; no conversations.")
+    ] = None,
     card: Annotated[
         Path | None, typer.Option(help="Write the model card again with the results of this evaluation.")
     ] = None,

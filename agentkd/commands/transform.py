@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentkd.commands.console import Corpus, Json, Out, print_json, progress_bar
+from agentkd.commands.console import Corpus, Json, Out, print_json, progress_bar, setting_pairs
 from agentkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,14 +96,11 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     import json
 
     found: dict[str, Any] = {}
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
-        if not sign:
-            raise ConfigError(f"--set {pair!r} cannot be read.", "Write it as --set name=value.")
+    for name, value in setting_pairs(pairs):
         try:
-            found[name.strip()] = json.loads(value)
+            found[name] = json.loads(value)
         except ValueError:
-            found[name.strip()] = value
+            found[name] = value
     return found
 
 

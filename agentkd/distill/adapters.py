@@ -22,7 +22,7 @@ from agentkd.errors import ConfigError, TrainingError, boundary
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_adapter", "load_trainable"]
+__all__ = ["check_adapter", "check_shard", "load_trainable"]
 
 
 def check_adapter(config: DistillConfig) -> None:
@@ -46,6 +46,29 @@ def check_adapter(config: DistillConfig) -> None:
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("The adapter qlora needs bitsandbytes.", 'Install it: pip install "agentkd[quant]"')
+
+
+def check_shard(config: DistillConfig, processes: int) -> None:
+    """Refuse to share out what cannot be.
+
+    Args:
+        config: the settings.
+        processes: how many train together.
+
+    Raises:
+        ConfigError: there is one process, or the weights are in 4 bits.
+    """
+    if not config.shard:
+        return
+    if processes < 2:
+        raise ConfigError(
+            "--shard shares the model out among several processes, and there is one.",
+            "Add --gpus N, the number of GPUs, or leave --shard out.",
+        )
+    if config.adapter == "qlora":
+        raise ConfigError(
+            "Weights in 4 bits are not sharded.", "Use --adapter lora with --shard, or leave --shard out."
+        )
 
 
 def load_trainable(

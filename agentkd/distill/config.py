@@ -5,11 +5,26 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from agentkd.distill.spans import SpanWeights
+from agentkd.plugin import is_plugin
 
-__all__ = ["DistillConfig"]
+__all__ = ["OBJECTIVES", "DistillConfig"]
+
+OBJECTIVES = (
+    "sft",
+    "masked",
+    "aft",
+    "dpo",
+    "forward-kl",
+    "reverse-kl",
+    "jsd",
+    "taid",
+    "first",
+    "plackett-luce",
+)
+"""Those that :mod:`agentkd.distill.choose` makes by their names."""
 
 _NOT_IN_THE_RESULT = {
     "threads",
@@ -17,8 +32,10 @@ _NOT_IN_THE_RESULT = {
     "micro_tokens",
     "replays",
     "parent",
+    "teacher_logprobs",
     "gradient_checkpointing",
     "track",
+    "shard",
 }
 
 
@@ -84,10 +101,9 @@ class DistillConfig(BaseModel):
     micro_tokens: int = Field(default=2048, ge=1)
     """Tokens that are computed at once: less needs less memory."""
 
-    objective: Literal[
-        "sft", "masked", "aft", "dpo", "forward-kl", "reverse-kl", "jsd", "taid", "first", "plackett-luce"
-    ] = "sft"
-    """What is minimised, see :mod:`agentkd.distill.objectives` and :mod:`agentkd.distill.preference`."""
+    objective: str = "sft"
+    """What is minimised, see :mod:`agentkd.distill.objectives` and :mod:`agentkd.distill.preference`; one of
+    :data:`OBJECTIVES`, or yours as ``module:Name``."""
     negatives: str | None = None
     """Objectives "aft" and "dpo": ``dropped.jsonl`` of the filter, whose wrong trajectories are held
     against the right ones of the same question."""
@@ -101,6 +117,9 @@ class DistillConfig(BaseModel):
     """Cross-entropy on the right trajectory beside "aft" and "dpo"; None is 1 with "aft", 0 with "dpo"."""
     teacher: str | None = None
     """Local model with the same vocabulary, for the objectives that need a teacher's logits."""
+    teacher_logprobs: str | None = None
+    """Instead of ``teacher``, for "first" and "plackett-luce": a file of its likeliest tokens at each target,
+    see :mod:`agentkd.distill.recorded`. Its content decides the result, its path does not."""
     teacher_share: float = Field(default=1.0, gt=0, le=1)
     """Of the divergence from the teacher; the rest is cross-entropy."""
     mask_rate: float = Field(default=0.4, ge=0, lt=1)
@@ -119,12 +138,26 @@ class DistillConfig(BaseModel):
     """Looks without a better held-out loss after which training ends; None goes on to the last step."""
     track: Literal["tensorboard", "trackio", "wandb"] | None = None
     """Where the figures of each step are sent as well; None sends them nowhere."""
+    shard: bool = False
+    """Share weights, gradients and optimiser out among the processes, see :mod:`agentkd.distill.shard`; for
+    a model that does not fit one GPU."""
+
+    @field_validator("objective")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        """A name that is known, or one that can be: what stands in a module is loaded when it is needed."""
+        if value in OBJECTIVES or is_plugin(value):
+            return value
+        raise ValueError(
+            f"there is no objective {value!r}; choose one of {', '.join(OBJECTIVES)}, or yours as module:Name"
+        )
 
     def fingerprint(self, data: str) -> str:
-        """Hash of all that decides the result.
+        """Hash of all that decides the result; of an objective of yours its name, not its code.
 
         Args:
-            data: hash of the trajectories, and of the adapter that the training begins with.
+            data: hash of the trajectories, of the adapter that the training begins with, and of other files
+                that are learnt from.
         """
         chosen = self.model_dump_json(exclude=_NOT_IN_THE_RESULT)
         return hashlib.sha256(f"{chosen}\n{data}".encode()).hexdigest()

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from agentkd.distill.blame import no_number
 from agentkd.distill.examples import Example
 from agentkd.distill.learner import Learner
 from agentkd.distill.ranks import rank
+from agentkd.distill.shard import check_values, gathered
 from agentkd.distill.workers import Contrast
 from agentkd.errors import TrainingError, boundary
 
@@ -24,17 +26,21 @@ def held_out_loss(learner: Learner, examples: Sequence[Example], contrast: Contr
     ones with a smaller likelihood, and would else be best before its first step.
 
     Raises:
-        TrainingError: it is not a number.
+        TrainingError: it is not a number; names the trajectories.
     """
+
+    def loss(some: Sequence[Example]) -> float:
+        return _cross_entropy(learner, some) if contrast is None else contrast.loss(learner, some)
+
     learner.refresh()
     learner.peft.eval()
     try:
         with torch.no_grad():
-            mean = _cross_entropy(learner, examples) if contrast is None else contrast.loss(learner, examples)
+            mean = loss(examples)
+            if not math.isfinite(mean):
+                raise no_number("The held-out loss", examples, lambda it: math.isfinite(loss([it])))
     finally:
         learner.peft.train()
-    if not math.isfinite(mean):
-        raise TrainingError("The loss on the held-out examples is not a number.", "Lower the learning rate.")
     return mean
 
 
@@ -69,23 +75,23 @@ class Best:
     def add(self, loss: float, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Take note of a loss; keep the parameters when there was none as low."""
         self.losses.append(loss)
-        if self.since or rank():  # the first process writes the student
+        if self.since:
+            return
+        kept = gathered([value.detach() for value in parameters])
+        if rank():  # the first process writes the student
             return
         partial = self.path.with_suffix(".partial")
         with boundary(TrainingError, f"writing {self.path}"):
-            torch.save([value.detach() for value in parameters], partial)
+            torch.save(kept, partial)
             partial.replace(self.path)
 
-    def restore(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Give the parameters the values of the best.
+    def values(self, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """Of the parameters at the best, whole and on the CPU.
 
         Raises:
-            TrainingError: the file cannot be read.
+            TrainingError: the file cannot be read, or is of another model.
         """
-        with (
-            boundary(TrainingError, f"reading {self.path}", "Remove the folder to start again."),
-            torch.no_grad(),
-        ):
-            kept = torch.load(self.path, map_location=parameters[0].device, weights_only=True)
-            for value, saved in zip(parameters, kept, strict=True):
-                value.copy_(saved)
+        with boundary(TrainingError, f"reading {self.path}", "Remove the folder to start again."):
+            kept: list[torch.Tensor] = torch.load(self.path, map_location="cpu", weights_only=True)
+            check_values(kept, parameters)
+        return kept

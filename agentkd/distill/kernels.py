@@ -154,6 +154,10 @@ def _one(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True
         )
         return out[0]
+    if torch.is_autocast_enabled("cpu"):  # the backward pass runs without it, and needs one dtype
+        low = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            return _one(q.to(low), k.to(low), v.to(low), scale)
     heads, tokens, size = q.shape
     groups = k.shape[0]
     grouped = q.reshape(groups, heads // groups, tokens, size)

@@ -7,7 +7,7 @@ forward pass, one example at a time: slower, with the same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
 from agentkd.distill.inherit import take_over
 from agentkd.distill.kernels import merged_linear, packed_attention, rms_norm, swiglu, target_loss
+from agentkd.distill.shard import Compute, shard
 
 __all__ = ["Learner", "compute_dtype"]
 
@@ -60,7 +61,9 @@ class Learner:
     def __init__(self, base: Path, config: DistillConfig) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_dtype(config.precision)
-        model, self.peft = load_trainable(base, config, self.device, self.dtype)
+        # What is shared out never stands on a GPU as a whole.
+        place = torch.device("cpu") if config.shard else self.device
+        model, self.peft = load_trainable(base, config, place, self.dtype)
         model.config.use_cache = False
         self.packed = _can_pack(model.config)
         if config.parent is not None:
@@ -76,17 +79,27 @@ class Learner:
         self.peft.train()
         self._budget = config.micro_tokens
         self._merged: list[_Merged] = []
-        # Only where the layer is weight + scale * b @ a: dora's is not, and qlora's weight is no matrix.
-        if self.device.type == "cpu" and config.lora_dropout == 0 and config.adapter == "lora":
+        # Only where the layer is weight + scale * b @ a: dora's is not, and qlora's weight is no matrix. A
+        # merged copy of what is shared out would have to be whole.
+        plain = config.lora_dropout == 0 and config.adapter == "lora" and not config.shard
+        if self.device.type == "cpu" and plain:
             self._merged = list(_merge_linears(self.peft))
         if self.packed:
             _use_packed_attention(model)
             if self.device.type == "cpu" and not self.whole:
                 _use_fused_operations(model)  # they give no gradient to a weight
+        self.sharded = config.shard
+        self._compute: Compute = _directly
+        if config.shard:
+            narrow = self.whole and self.dtype != torch.float32
+            self._compute = shard(model, self.device, self.dtype if narrow else None)
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, in a fixed order."""
-        return [value for value in self.peft.parameters() if value.requires_grad]
+        return [value for _, value in self._trained()]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, value) for name, value in self.peft.named_parameters() if value.requires_grad]
 
     def refresh(self) -> None:
         """Call it before the first loss of a step: takes over the adapters' present values."""
@@ -109,7 +122,9 @@ class Learner:
         if not self.packed or self.whole:
             return nn.functional.cross_entropy(self.logits(pack), targets, reduction="none")
         with self._autocast():
-            return target_loss(self._hidden(pack, pack.ids), self.model.lm_head.weight, targets)
+            return self._compute(
+                lambda: target_loss(self._hidden(pack, pack.ids), self.model.lm_head.weight, targets)
+            )
 
     def logits(self, pack: Pack, ids: Sequence[int] | None = None) -> Tensor:
         """Logits (targets, vocabulary), float32, with gradient; for objectives that need them all.
@@ -121,11 +136,15 @@ class Learner:
         ids = pack.ids if ids is None else ids
         with self._autocast():
             if self.packed:
-                logits = nn.functional.linear(self._hidden(pack, ids), self.model.lm_head.weight)
+                logits = self._compute(
+                    lambda: nn.functional.linear(self._hidden(pack, ids), self.model.lm_head.weight)
+                )
             else:
                 rows = torch.tensor(pack.rows, device=self.device)
                 inputs = torch.tensor([list(ids)], device=self.device)
-                logits = self.model(input_ids=inputs, use_cache=False, logits_to_keep=rows).logits[0]
+                logits = self._compute(
+                    lambda: self.model(input_ids=inputs, use_cache=False, logits_to_keep=rows).logits
+                )[0]
         return logits.float()
 
     def _hidden(self, pack: Pack, ids: Sequence[int]) -> Tensor:
@@ -139,18 +158,32 @@ class Learner:
         ).last_hidden_state[0]
         return hidden[torch.tensor(pack.rows, device=self.device)]
 
-    def save(self, folder: Path) -> None:
-        """Write the adapters in peft's format, or the whole model in transformers'."""
+    def save(self, folder: Path, values: Sequence[Tensor] | None = None) -> None:
+        """Write the adapters in peft's format, or the whole model in transformers'.
+
+        Args:
+            folder: to write.
+            values: of :meth:`parameters`, in that order; None takes those they have.
+        """
+        trained = self._trained()
+        values = [value.detach() for _, value in trained] if values is None else values
+        state = {name: value for (name, _), value in zip(trained, values, strict=True)}
         if self.whole:
             self.model.config.use_cache = True
-            self.model.save_pretrained(str(folder))
+            buffers = {name for name, _ in self.model.named_buffers()}
+            state |= {name: it for name, it in self.model.state_dict().items() if name in buffers}
+            self.model.save_pretrained(str(folder), state_dict=state)
             return
-        self.peft.save_pretrained(str(folder), save_embedding_layers=False)
+        self.peft.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._merged or self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def _directly(function: Callable[[], Tensor]) -> Tensor:
+    return function()
 
 
 class _Merged:

@@ -17,14 +17,16 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from agentkd.distill.batches import batch_indices, total_steps
+from agentkd.distill.blame import no_number
+from agentkd.distill.choose import check_teacher, make_objective, make_preference, top_read
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
 from agentkd.distill.held_out import Best, held_out_loss
 from agentkd.distill.learner import Learner
-from agentkd.distill.objectives import make_objective
-from agentkd.distill.preference import PREFERENCES, make_preference
-from agentkd.distill.ranks import mine, of_the_first, rank, sum_over_ranks
-from agentkd.distill.teacher import LocalTeacher
+from agentkd.distill.ranks import mine, of_the_first, rank, sum_over_ranks, world
+from agentkd.distill.recorded import RecordedTeacher
+from agentkd.distill.shard import check_values, gathered, plain_value, read_state, take_over_state
+from agentkd.distill.teacher import LocalTeacher, Teacher
 from agentkd.distill.tracking import tracker
 from agentkd.distill.workers import Contrast, Goal, Workers, score_references, side_by_side
 from agentkd.engine.weights import load_tokenizer, resolve_model
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 """The last, and the one before it, which is taken when the last cannot be read."""
+_STATE = {"identity", "step", "parameters", "optimizer"}
+"""What a checkpoint holds."""
 
 
 class StepLog(BaseModel):
@@ -104,17 +108,18 @@ def run_training(
 
     Raises:
         ConfigError: the checkpoint belongs to other settings or data.
-        TrainingError: the loss is not a number; names the trajectory.
+        TrainingError: the loss or its gradient is not a number; names the trajectory.
     """
     steps = total_steps(len(examples), config.batch_size, config.steps, config.epochs)
     learner = Learner(base, config)
     parameters = learner.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
-    goal = _goal(base, learner, config)
+    goal = _goal(base, learner, examples, config)
     if negatives is not None:  # before the checkpoint is taken over: the reference is the student as it was
         everything = [*examples, *held_out]
         goal = replace(goal, contrast=_contrast(out, identity, learner, everything, negatives, config))
     begun = _restore(out, identity, parameters, optimizer)
+    _begin_together(begun, learner.device)
     rows = _rewind(out / "loss.jsonl", begun)
     best = Best(out / "best.pt", [row.held_out for row in rows if row.held_out is not None])
     with (
@@ -140,12 +145,15 @@ def run_training(
             track(row.model_dump(exclude={"step"}, exclude_none=True), row.step)
             if on_progress is not None:
                 on_progress(step + 1, steps, row.loss)
-            if (step + 1) % config.save_every == 0 and step + 1 < steps and not rank():
+            if (step + 1) % config.save_every == 0 and step + 1 < steps:
                 _save(out, identity, step + 1, parameters, optimizer)
+    last = None if best.losses else gathered([value.detach() for value in parameters])
     if not rank():
-        if best.losses:
-            best.restore(parameters)
-        _save_adapter(learner, out / ("model" if learner.whole else "adapter"))
+        _save_adapter(
+            learner,
+            out / ("model" if learner.whole else "adapter"),
+            best.values(parameters) if last is None else last,
+        )
     return {**_summary(rows, learner), **_held_out(rows)}
 
 
@@ -158,32 +166,18 @@ def _held_out(rows: Sequence[StepLog]) -> dict[str, Any]:
     return {"held_out_loss": least.held_out, "best_step": least.step}
 
 
-def _goal(base: Path, learner: Learner, config: DistillConfig) -> Goal:
-    if config.objective in PREFERENCES:
-        _no_teacher(config)
-        return Goal(seed=config.seed)
+def _goal(base: Path, learner: Learner, examples: Sequence[Example], config: DistillConfig) -> Goal:
+    check_teacher(config)
     tokenizer = load_tokenizer(base)
     mask_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    objective = make_objective(
-        config.objective, share=config.teacher_share, mask_rate=config.mask_rate, mask_id=mask_id
-    )
-    if objective is None or not objective.needs_teacher:
-        _no_teacher(config)
-        return Goal(objective, seed=config.seed)
-    if config.teacher is None:
-        raise ConfigError(
-            f"The objective {config.objective} needs a teacher model.", "Add --teacher-model FOLDER_OR_ID."
-        )
-    folder = resolve_model(config.teacher)
-    return Goal(objective, LocalTeacher(folder, tokenizer, learner.device, learner.dtype), config.seed)
-
-
-def _no_teacher(config: DistillConfig) -> None:
-    if config.teacher is not None:
-        raise ConfigError(
-            f"The objective {config.objective} has no use for a teacher model.",
-            "Leave --teacher-model out, or choose another --objective.",
-        )
+    objective = make_objective(config, mask_id)
+    teacher: Teacher | None = None
+    if config.teacher_logprobs is not None:
+        path, top = Path(config.teacher_logprobs), top_read(objective) or 1
+        teacher = RecordedTeacher(path, examples, len(tokenizer), top, learner.device)
+    elif config.teacher is not None:
+        teacher = LocalTeacher(resolve_model(config.teacher), tokenizer, learner.device, learner.dtype)
+    return Goal(objective, teacher, config.seed)
 
 
 def _contrast(
@@ -231,10 +225,19 @@ def _step(
     for part, grads in workers.map(mine(workers.lay_out(batch, step)), weight, step, steps):
         loss += part
         _accumulate(parameters, grads)
-    loss = sum_over_ranks(parameters, loss)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    if not math.isfinite(norm.item()):
-        raise TrainingError(f"The gradient of step {step + 1} is not a number.", "Lower the learning rate.")
+    loss = sum_over_ranks(() if learner.sharded else parameters, loss, learner.device)
+    norm = plain_value(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    if not math.isfinite(norm):
+
+        def finite(example: Example) -> bool:
+            optimizer.zero_grad(set_to_none=True)
+            units = workers.lay_out([example], step)
+            # Of a model that is shared out, nobody computes alone.
+            for _, grads in workers.map(mine(units) if learner.sharded else units, weight, step, steps):
+                _accumulate(parameters, grads)
+            return math.isfinite(plain_value(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
+
+        raise no_number(f"The gradient of step {step + 1}", batch, finite)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -243,7 +246,7 @@ def _step(
         step=step + 1,
         loss=loss,
         learning_rate=rate,
-        grad_norm=norm.item(),
+        grad_norm=norm,
         tokens=sum(len(example.ids) for example in batch),
         targets=targets,
         seconds=round(time.perf_counter() - began, 3),
@@ -266,9 +269,11 @@ def _save(
     state = {
         "identity": identity,
         "step": step,
-        "parameters": [value.detach() for value in parameters],
-        "optimizer": optimizer.state_dict(),
+        "parameters": gathered([value.detach() for value in parameters]),
+        "optimizer": gathered(optimizer.state_dict()),
     }
+    if rank():
+        return
     # Through memory: torch would report a full disk as something else.
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -297,7 +302,10 @@ def _restore(
     for path in present:
         try:
             with boundary(TrainingError, f"reading {path}", again):
-                state = torch.load(path, map_location=parameters[0].device, weights_only=True)
+                state = read_state(path, parameters[0])
+                if not isinstance(state, dict) or (lacking := sorted(_STATE - state.keys())):
+                    what = f"it has no {lacking[0]}" if isinstance(state, dict) else "it is something else"
+                    raise ValueError(f"no checkpoint of a training: {what}")
         except TrainingError as exc:
             if path == present[-1]:
                 raise
@@ -306,11 +314,18 @@ def _restore(
             break
     if state["identity"] != identity:
         raise ConfigError(f"{out} holds a training with other settings, data or base model.", again)
-    with boundary(TrainingError, f"taking over {path}", again), torch.no_grad():
-        for value, saved in zip(parameters, state["parameters"], strict=True):
-            value.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    with boundary(TrainingError, f"taking over {path}", again):
+        check_values(state["parameters"], parameters)
+        take_over_state(state, parameters, optimizer)
+        return int(state["step"])
+
+
+def _begin_together(begun: int, device: torch.device) -> None:
+    """Wait until all processes have read the checkpoint: the first of them soon replaces it."""
+    if sum_over_ranks((), begun, device) != begun * world():
+        raise TrainingError(
+            "The processes do not go on from the same checkpoint.", "Choose an --out that all of them see."
+        )
 
 
 def _rewind(path: Path, steps: int) -> list[StepLog]:
@@ -322,11 +337,11 @@ def _rewind(path: Path, steps: int) -> list[StepLog]:
     return rows
 
 
-def _save_adapter(learner: Learner, folder: Path) -> None:
+def _save_adapter(learner: Learner, folder: Path, values: Sequence[torch.Tensor]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     with boundary(TrainingError, f"writing {folder}"):
         shutil.rmtree(partial, ignore_errors=True)
-        learner.save(partial)
+        learner.save(partial, values)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
 

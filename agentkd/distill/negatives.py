@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from agentkd.distill.choose import make_preference
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example, ExampleSet, build_examples
 from agentkd.distill.parity import find_faults
-from agentkd.distill.preference import PREFERENCES
 from agentkd.errors import ConfigError, DataError
 from agentkd.record import file_hash
 from agentkd.trajectory import Trajectory
@@ -46,7 +46,7 @@ def negatives_hash(config: DistillConfig) -> str:
         ConfigError: the objective needs wrong trajectories and none were named, or the other way round.
         DataError: their file is not there.
     """
-    needed = config.objective in PREFERENCES
+    needed = make_preference(config) is not None
     if needed and config.negatives is None:
         raise ConfigError(
             f"The objective {config.objective} needs wrong trajectories.", "Add --negatives dropped.jsonl."

@@ -26,16 +26,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from agentkd.distill.batches import Pack
-from agentkd.distill.preference import PREFERENCES
 
-__all__ = ["OBJECTIVES", "MaskedThought", "Objective", "TeacherObjective", "make_objective", "masked_ids"]
+__all__ = ["DIVERGENCES", "READ", "MaskedThought", "Objective", "TeacherObjective", "masked_ids"]
 
 TOP = 5
 SMOOTHING = 0.1
@@ -44,8 +43,13 @@ MASK_WARMUP = 2 / 3
 """Part of the training in which the share of masked inputs rises."""
 
 
+@runtime_checkable
 class Objective(Protocol):
-    """Called for each pack of a step."""
+    """Called for each pack of a step.
+
+    One that needs a teacher and reads nothing but its likeliest tokens can say so by an attribute ``top``,
+    their number: then it learns from recorded ones as well.
+    """
 
     needs_teacher: bool
 
@@ -85,14 +89,46 @@ def jsd(student: Tensor, teacher: Tensor, progress: float = 0.0) -> Tensor:
 
 
 def taid(student: Tensor, teacher: Tensor, progress: float = 0.0) -> Tensor:
-    """Forward KL to a distribution that moves from near the student's to the teacher's."""
+    """Forward KL to a distribution that moves from near the student's to the teacher's.
+
+    TAID, arXiv 2501.16937. With ``z`` the logits and ``sg`` that no gradient passes, a row's loss is::
+
+        KL(r | p_S),   r = softmax((1 - t) sg(z_S) + t z_T),   t = 0.4 + 0.6 progress
+
+    The paper also raises ``t`` faster while the loss falls fast; here it rises evenly.
+
+    Args:
+        student, teacher: logits (rows, vocabulary).
+        progress: 0 at the begin of the training, 1 at its end.
+
+    Returns:
+        Nats (rows).
+    """
     t = TAID_BEGIN + (1 - TAID_BEGIN) * progress
     between = (1 - t) * student.detach() + t * teacher
     return _kl(between.log_softmax(-1), student.log_softmax(-1))
 
 
 def first(student: Tensor, teacher: Tensor, progress: float = 0.0) -> Tensor:
-    """KL to the teacher's likeliest tokens alone, their probabilities (not logarithms) smoothed."""
+    """KL to the teacher's likeliest tokens alone, calibrated anew (FIRST, arXiv 2408.12168).
+
+    With ``B`` the teacher's k = 5 likeliest tokens, a row's loss is::
+
+        sum over v in B of q_v (log q_v - log p_S(v)),
+        q_v = (1 - 0.1) p_T(v) / (sum over u in B of p_T(u)) + 0.1 / k
+
+    ``p_S`` is the student's softmax over the whole vocabulary, so it is pulled away from all others. The
+    authors' code takes the softmax over ``B`` on both sides, and smooths logarithms by moving 0.1 from the
+    likeliest to the others; here probabilities are mixed with equal ones, and ``q`` stays a distribution.
+
+    Args:
+        student, teacher: logits (rows, vocabulary); of the teacher only the likeliest are read, up to a
+            constant, so log-probabilities will do.
+        progress: not used.
+
+    Returns:
+        Nats (rows).
+    """
     best = teacher.topk(min(TOP, teacher.shape[-1]), -1)
     chances = best.values.softmax(-1)
     chances = (1 - SMOOTHING) * chances + SMOOTHING / chances.shape[-1]
@@ -102,8 +138,22 @@ def first(student: Tensor, teacher: Tensor, progress: float = 0.0) -> Tensor:
 def plackett_luce(student: Tensor, teacher: Tensor, progress: float = 0.0) -> Tensor:
     """Each of the teacher's likeliest, in order, is chosen among all that are not yet chosen.
 
+    The likelihood of a ranking in the model of Plackett and Luce (PLD, arXiv 2506.12542): with ``b_1 .. b_k``
+    the teacher's k = 5 likeliest tokens in their order and ``z`` the student's logits, a row's loss is::
+
+        sum over i = 1 .. k of [ log( sum over v not in {b_1 .. b_(i-1)} of exp z_v ) - z_(b_i) ]
+
     The denominators are sums over what follows: with sums over what precedes, as they are published
-    elsewhere, the reversed order would be rewarded.
+    elsewhere, the reversed order would be rewarded. PLD ranks the label first and weights each choice by the
+    teacher's confidence; here the order is the teacher's alone, and all k choices count the same.
+
+    Args:
+        student: logits (rows, vocabulary).
+        teacher: logits (rows, vocabulary), of which only the order of the likeliest is read.
+        progress: not used.
+
+    Returns:
+        Nats (rows), the sum over the k choices.
     """
     order = teacher.topk(min(TOP, teacher.shape[-1] - 1), -1).indices
     ranked = student.gather(-1, order)
@@ -123,12 +173,13 @@ class TeacherObjective:
     Args:
         divergence: one of the functions above.
         share: of the divergence; the rest is cross-entropy.
+        top: how many of the teacher's likeliest tokens it reads; None: its whole distribution.
     """
 
     needs_teacher = True
 
-    def __init__(self, divergence: Divergence, share: float) -> None:
-        self.divergence, self.share = divergence, share
+    def __init__(self, divergence: Divergence, share: float, top: int | None = None) -> None:
+        self.divergence, self.share, self.top = divergence, share, top
 
     def inputs(self, pack: Pack, progress: float, seed: str) -> list[int]:
         """See :class:`Objective`."""
@@ -144,7 +195,16 @@ class TeacherObjective:
 
 
 class MaskedThought:
-    """Cross-entropy while a part of what the student reads of its own turns is masked.
+    """Cross-entropy while a part of what the student reads of its own turns is masked (arXiv 2403.02178).
+
+    With ``x`` the tokens and ``m`` drawn anew in every step, the loss of a target is::
+
+        -log p_S(x_i | x'_1 .. x'_(i-1)),   x'_j = [mask] where m_j, else x_j
+
+        m_j = 1 with probability rate * min(1, progress / (2/3)), and only where x_j is a target that is
+        followed by one
+
+    What the student did not write (prompt, question, observations) is never masked. See :func:`masked_ids`.
 
     Args:
         rate: share of masked inputs, reached after two thirds of the training.
@@ -169,6 +229,15 @@ def masked_ids(pack: Pack, rate: float, mask_id: int, seed: str) -> list[int]:
     """The ids of a pack, each target but the last of its turn replaced with probability ``rate``.
 
     Labels are kept: the token behind a masked one is predicted without having seen it.
+
+    Args:
+        pack: the examples.
+        rate: 0 to 1.
+        mask_id: what stands in the place of a masked token.
+        seed: the same seed masks the same tokens of the same pack.
+
+    Returns:
+        As many ids as ``pack.ids``.
     """
     draw = random.Random(f"{seed}:{','.join(pack.examples)}")
     ids = list(pack.ids)
@@ -188,13 +257,5 @@ DIVERGENCES: dict[str, Divergence] = {
     "first": first,
     "plackett-luce": plackett_luce,
 }
-OBJECTIVES = ("sft", "masked", *PREFERENCES, *DIVERGENCES)
-
-
-def make_objective(name: str, *, share: float, mask_rate: float, mask_id: int) -> Objective | None:
-    """The objective of that name; None for "sft", which needs no logits."""
-    if name == "sft":
-        return None
-    if name == "masked":
-        return MaskedThought(mask_rate, mask_id)
-    return TeacherObjective(DIVERGENCES[name], share)
+READ = {"first": TOP, "plackett-luce": TOP}
+"""Those that read nothing but the teacher's likeliest tokens, and how many."""

@@ -49,7 +49,8 @@ class Fault(StrEnum):
     """Tokens that the student must emit are not learnt."""
     EMPTY_MASK = "empty mask"
     WRONG_BASE = "wrong base"
-    """The weights are not those the student was trained on."""
+    """The answers are not those of the student's weights: another base model, another adapter, or none. Found
+    when it is served, see :mod:`agentkd.distill.served`."""
     RETOKENISED = "other tokens for the same text"
     """What the model emitted is not how the tokenizer writes that text."""
 

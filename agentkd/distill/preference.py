@@ -20,26 +20,22 @@ Either is a mean over the questions of a step, beside ``sft_weight`` times the c
 adds it by definition; with DPO it is the RPO of arXiv 2404.19733).
 
 TRL's ``DPOTrainer`` takes one completion a prompt and counts all of its tokens. A trajectory has observations
-between its steps, which the model did not write; they would be most of the log-ratio. So this is ours.
+between its steps, which the model did not write; they would be part of the log-ratio. So this is ours.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example
 
-__all__ = ["PREFERENCES", "Aft", "Dpo", "Preference", "Scored", "chosen_negatives", "make_preference"]
-
-PREFERENCES = ("aft", "dpo")
-"""The objectives that need wrong trajectories."""
+__all__ = ["Aft", "Dpo", "Preference", "Scored", "chosen_negatives"]
 
 
 class Scored(NamedTuple):
@@ -53,6 +49,7 @@ class Scored(NamedTuple):
     """``log p`` of the same tokens under the reference, where there is one."""
 
 
+@runtime_checkable
 class Preference(Protocol):
     """Called once for each question of a step that has wrong trajectories."""
 
@@ -106,15 +103,6 @@ class Dpo:
         good = right.total - right.reference
         margins = [good - (one.total - one.reference) for one in wrong]
         return -functional.logsigmoid(self.beta * torch.stack(margins)).mean()
-
-
-def make_preference(config: DistillConfig) -> Preference | None:
-    """The preference that the settings name; None for any other objective."""
-    if config.objective == "aft":
-        return Aft(config.aft_bound, 1.0 if config.sft_weight is None else config.sft_weight)
-    if config.objective == "dpo":
-        return Dpo(config.dpo_beta, config.sft_weight or 0.0)
-    return None
 
 
 def chosen_negatives(

@@ -1,8 +1,9 @@
 """One training by several processes, each with a GPU (or a share of the cores) of its own.
 
-Every process has the whole model, computes its share of each step's packs, and gets the sum of all gradients:
-the step is that of one process, up to the order in which numbers are added. The first writes the student
-folder; the others work on copies of its checkpoint. The environment variables are those of torchrun.
+Every process has the whole model, or a part of it (:mod:`agentkd.distill.shard`), computes its share of each
+step's packs, and gets the sum of all gradients: the step is that of one process, up to the order in which
+numbers are added. The first writes the student folder; the others read its checkpoint. The environment
+variables are those of torchrun.
 """
 
 from __future__ import annotations
@@ -57,26 +58,34 @@ def group(out: Path) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             if rank():
-                for file in (*out.glob("*.pt"), *out.glob("loss.jsonl")):
+                for file in out.glob("loss.jsonl"):
                     shutil.copy(file, scratch)
-            distributed.barrier()  # nobody writes before all have read
+                for file in out.glob("*.pt"):  # they can be large, and stay as they are up to the first step
+                    (Path(scratch) / file.name).symlink_to(file.resolve())
+            distributed.barrier()  # nobody cuts the log before all have read it
             yield Path(scratch) if rank() else out
     finally:
         distributed.destroy_process_group()
 
 
-def sum_over_ranks(parameters: Sequence[torch.nn.Parameter], loss: float) -> float:
-    """Add up the gradients of all processes, in place; returns the sum of their losses."""
+def sum_over_ranks(parameters: Sequence[torch.nn.Parameter], value: float, device: torch.device) -> float:
+    """Add up a number of all processes, and the gradients of parameters, in place.
+
+    Args:
+        parameters: those whose gradients are not added up yet.
+        value: the number.
+        device: where this process computes.
+    """
     if world() == 1:
-        return loss
+        return value
     import torch
     from torch import distributed
 
-    for value in parameters:
-        if value.grad is None:
-            value.grad = torch.zeros_like(value)
-        distributed.all_reduce(value.grad)
-    total = torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        distributed.all_reduce(parameter.grad)
+    total = torch.tensor(value, dtype=torch.float64, device=device)
     distributed.all_reduce(total)
     return total.item()
 

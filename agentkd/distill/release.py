@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +17,29 @@ from agentkd.distill.card import write_card
 from agentkd.engine.student import Student, check_base, load_student
 from agentkd.engine.weights import load_model, load_tokenizer, model_hash, resolve_model
 from agentkd.errors import ConfigError, ProviderError, StorageError, boundary
+from agentkd.record import read_json, write_text
 
 __all__ = ["merge_student", "push_student", "write_gguf"]
 
 CONVERTER = "convert_hf_to_gguf.py"
+_ROTARY_BASE = 10_000.0
+"""What llama.cpp takes where a file names none."""
+_SERVED = (
+    "README.md",
+    "student.json",
+    "manifest.json",
+    "loss.jsonl",
+    "test_time.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+"""What of a student folder is pushed, beside its weights."""
 
 
 def merge_student(path: Path, out: Path, dtype: str | None = None) -> Path:
@@ -44,6 +65,7 @@ def merge_student(path: Path, out: Path, dtype: str | None = None) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
+        _with_older_names(partial / "config.json")
         if out.is_dir():
             out.rmdir()
         partial.replace(out)
@@ -65,6 +87,21 @@ def _merged(student: Student, dtype: str | None) -> Any:
     return merge_adapter(stored.float(), student.adapter).to(wanted)
 
 
+def _with_older_names(config: Path) -> None:
+    """Say the rotary base under its name before transformers 5, too, which llama.cpp and vLLM may look for.
+
+    A reader that finds no base takes 10,000 in silence, and the model says something else.
+    """
+    settings = read_json(config)
+    rotary = settings.get("rope_parameters")
+    if not isinstance(rotary, dict) or "rope_theta" not in rotary:
+        return  # none, or another one for every kind of layer
+    settings["rope_theta"] = rotary["rope_theta"]
+    if rotary.get("rope_type", "default") != "default":
+        settings["rope_scaling"] = {key: value for key, value in rotary.items() if key != "rope_theta"}
+    write_text(config, json.dumps(settings, indent=2) + "\n")
+
+
 def write_gguf(path: Path, out: Path, dtype: str = "auto") -> Path:
     """Write a student as a GGUF file, by llama.cpp's own converter.
 
@@ -74,7 +111,7 @@ def write_gguf(path: Path, out: Path, dtype: str = "auto") -> Path:
         dtype: as the converter names it: "f32", "f16", "bf16", "q8_0" or "auto".
 
     Raises:
-        ConfigError: the converter is not there, or does not know this model.
+        ConfigError: the converter is not there, does not know this model, or has lost its rotary base.
     """
     converter = find_converter()
     if converter is None:
@@ -82,17 +119,50 @@ def write_gguf(path: Path, out: Path, dtype: str = "auto") -> Path:
             f"llama.cpp's {CONVERTER} was not found.",
             "Put llama.cpp's folder into $LLAMA_CPP, or the converter on the PATH.",
         )
-    with tempfile.TemporaryDirectory() as scratch:
-        merged = merge_student(path, Path(scratch) / "merged")
-        partial = out.with_name(out.name + ".partial")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(converter), str(merged), "--outfile", str(partial), "--outtype", dtype]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not partial.is_file():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"{CONVERTER} failed: {last}", "Update llama.cpp, or take --merged.")
-    partial.replace(out)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            merged = merge_student(path, Path(scratch) / "merged")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, str(converter), str(merged)]
+            command += ["--outfile", str(partial), "--outtype", dtype]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            base = float(read_json(merged / "config.json").get("rope_theta", _ROTARY_BASE))
+        if done.returncode or not partial.is_file():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ConfigError(f"{CONVERTER} failed: {last}", _converter_hint(done.stderr))
+        _check_rotary_base(partial, base)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
     return out
+
+
+def _check_rotary_base(path: Path, base: float) -> None:
+    from gguf import GGUFReader
+
+    with boundary(
+        ConfigError, f"reading what {CONVERTER} has written", "Update llama.cpp, or take --merged."
+    ):
+        fields = GGUFReader(path).fields
+    kept = next(
+        (it.contents() for name, it in fields.items() if name.endswith(".rope.freq_base")), _ROTARY_BASE
+    )
+    if abs(kept - base) > 1e-4 * base:
+        raise ConfigError(
+            f"{CONVERTER} has lost the model's rotary base: {base:,.0f} became {kept:,.0f}.",
+            "Update llama.cpp, or take --merged.",
+        )
+
+
+def _converter_hint(said: str) -> str:
+    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", said)
+    if missing is None:
+        return "Update llama.cpp, or take --merged."
+    return (
+        f"It needs the Python module {missing[1]}: install llama.cpp's requirements "
+        f"({sys.executable} -m pip install -r requirements.txt), or take --merged."
+    )
 
 
 def find_converter() -> Path | None:
@@ -105,7 +175,10 @@ def find_converter() -> Path | None:
 
 
 def push_student(path: Path, repo: str, *, private: bool = True) -> str:
-    """Upload a student folder to the Hub, with its card; nothing else of agentkd ever uploads.
+    """Upload what serving a student needs, and its card; nothing else of agentkd ever uploads.
+
+    ``parity.json`` stays here: it holds conversations of the training, word for word. So do its own later
+    checks, checkpoints, and whatever else was put into the folder.
 
     Args:
         path: student folder.
@@ -130,6 +203,6 @@ def push_student(path: Path, repo: str, *, private: bool = True) -> str:
     with boundary(ProviderError, f"pushing {path} to {repo}", hint):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        ignored = [".lock", "checkpoint*", "best.pt", "tensorboard/*", "*.partial"]
-        done = api.upload_folder(repo_id=repo, folder_path=path, ignore_patterns=ignored)
+        wanted = [*_SERVED, f"{student.weights}/*"]
+        done = api.upload_folder(repo_id=repo, folder_path=path, allow_patterns=wanted)
     return str(done)

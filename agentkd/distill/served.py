@@ -7,6 +7,7 @@ as messages, and returns the ids it made of them and the ids it emitted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from agentkd.distill.examples import Example
 from agentkd.distill.parity import Fault, Finding, compare_prompts
+from agentkd.engine.probe import SURE, Known, compare_answers, known_answers, parting
 from agentkd.engine.render import render_prompt
 from agentkd.errors import ConfigError, ProviderError, TrainingError
 from agentkd.prompt import learnt_prompt, trajectory_messages
@@ -32,6 +34,7 @@ __all__ = [
     "endpoint",
     "engine",
     "make_replays",
+    "read_known",
     "read_replays",
     "record_served",
     "require_parity",
@@ -102,10 +105,15 @@ class ServedParity(_Record):
     sampled: int
     """Finished answers at temperature 1."""
     sampled_other: tuple[tuple[int, ...], ...]
-    """Ids of those that the tokenizer would write otherwise: trained on by their ids, never by their text."""
+    """Ids of those that the tokenizer would write otherwise; as context of a later step they are the ids that
+    the tokenizer makes of their text, in training and serving alike."""
     faults: tuple[str, ...]
     greedy: tuple[Greedy, ...] = ()
     """The greedy answer to each prompt that was equal."""
+    compared: int = 0
+    """Greedy answers held against those that the finished student gave."""
+    unchanged: int = 0
+    """Those of them that do not differ, see :func:`agentkd.engine.probe.compare_answers`."""
 
 
 def make_replays(
@@ -153,7 +161,12 @@ def make_replays(
 
 
 def check_served(
-    replays: Sequence[Replay], system_prompt: str, tokenizer: Any, ask: Ask, served_by: str
+    replays: Sequence[Replay],
+    system_prompt: str,
+    tokenizer: Any,
+    ask: Ask,
+    served_by: str,
+    known: Mapping[str, Known] | None = None,
 ) -> ServedParity:
     """Ask every replay, greedily and once sampled, and compare ids.
 
@@ -163,56 +176,94 @@ def check_served(
         tokenizer: of the student folder.
         ask: the server.
         served_by: what it is, for the record.
+        known: what the finished student answered, by the place of the replay; another answer is that of
+            other weights.
     """
-    faults: list[Finding] = []
-    equal = stopped = reproduced = canonical = sampled = 0
-    other: list[tuple[int, ...]] = []
-    answers: list[Greedy] = []
+    tally = _Tally(tokenizer, known or {})
     for replay in replays:
         messages = list(replay.messages)
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system_prompt})
         limit = len(replay.target_ids) + _ROOM
-        greedy = ask(messages, limit, 0.0)
-        why = compare_prompts(replay.prompt_ids, greedy.prompt_ids, messages, tokenizer)
-        if why is not None:
-            faults.append(Finding(why[0], replay.where, why[1]))
-            continue
-        equal += 1
-        answers.append(Greedy(where=replay.where, output_ids=greedy.output_ids, logprobs=greedy.logprobs))
-        reproduced += greedy.output_ids == replay.target_ids
-        if greedy.finish_reason == "stop":
-            stopped += 1
-            if _is_canonical(greedy.output_ids, tokenizer):
-                canonical += 1
-            else:
-                text = tokenizer.decode(list(greedy.output_ids))
-                faults.append(Finding(Fault.RETOKENISED, replay.where, f"greedy answer {text[:60]!r}"))
-        drawn = ask(messages, limit, 1.0)
-        if drawn.finish_reason == "stop":
-            sampled += 1
-            if not _is_canonical(drawn.output_ids, tokenizer):
-                other.append(drawn.output_ids)
+        if tally.greedy(replay, messages, ask(messages, limit, 0.0)):
+            tally.drawn(ask(messages, limit, 1.0))
     return ServedParity(
-        passed=not faults,
+        passed=not tally.faults,
         served_by=served_by,
         prompts=len(replays),
-        prompts_equal=equal,
-        stopped=stopped,
-        reproduced=reproduced,
-        canonical=canonical,
-        sampled=sampled,
-        sampled_other=tuple(other),
-        faults=tuple(str(fault) for fault in faults),
-        greedy=tuple(answers),
+        prompts_equal=len(tally.answers),
+        stopped=tally.counts["stopped"],
+        reproduced=tally.counts["reproduced"],
+        canonical=tally.counts["canonical"],
+        sampled=tally.counts["sampled"],
+        sampled_other=tuple(tally.other),
+        faults=tuple(str(fault) for fault in tally.faults),
+        greedy=tuple(tally.answers),
+        compared=tally.counts["compared"],
+        unchanged=tally.counts["unchanged"],
     )
 
 
-def _is_canonical(ids: Sequence[int], tokenizer: Any) -> bool:
-    body, last = list(ids[:-1]), ids[-1]
+class _Tally:
+    """What was found so far."""
+
+    def __init__(self, tokenizer: Any, known: Mapping[str, Known]) -> None:
+        self.tokenizer, self.known = tokenizer, known
+        self.counts: Counter[str] = Counter()
+        self.faults: list[Finding] = []
+        self.answers: list[Greedy] = []
+        self.other: list[tuple[int, ...]] = []
+
+    def greedy(self, replay: Replay, messages: Sequence[Mapping[str, str]], answer: Answer) -> bool:
+        """Take a greedy answer; False where its prompt is another one, so that it says nothing."""
+        why = compare_prompts(replay.prompt_ids, answer.prompt_ids, messages, self.tokenizer)
+        if why is not None:
+            self.faults.append(Finding(why[0], replay.where, why[1]))
+            return False
+        self.answers.append(
+            Greedy(where=replay.where, output_ids=answer.output_ids, logprobs=answer.logprobs)
+        )
+        taught = answer.output_ids == replay.target_ids
+        self.counts["reproduced"] += taught
+        if answer.finish_reason == "stop":
+            self.counts["stopped"] += 1
+            odd = None if taught else _odd_place(answer.output_ids, self.tokenizer)
+            self.counts["canonical"] += odd is None
+            # A student that has learnt hardly anything picks tokens that nobody taught it, unsure of them.
+            if odd is not None and (not answer.logprobs or answer.logprobs[odd] > SURE):
+                text = self.tokenizer.decode(list(answer.output_ids))
+                self.faults.append(Finding(Fault.RETOKENISED, replay.where, f"greedy answer {text[:60]!r}"))
+        self._compare(replay.where, answer)
+        return True
+
+    def _compare(self, where: str, answer: Answer) -> None:
+        """Hold it against what the finished student said."""
+        wanted = self.known.get(where)
+        if wanted is None or not wanted.ids:
+            return
+        self.counts["compared"] += 1
+        why, _ = compare_answers(Known(answer.output_ids, answer.logprobs), wanted)
+        if why is None:
+            self.counts["unchanged"] += 1
+        else:
+            detail = f"{why}; the weights of the base model or of the adapter are not those of the student"
+            self.faults.append(Finding(Fault.WRONG_BASE, where, detail))
+
+    def drawn(self, answer: Answer) -> None:
+        """Take an answer at temperature 1."""
+        if answer.finish_reason != "stop":
+            return
+        self.counts["sampled"] += 1
+        if _odd_place(answer.output_ids, self.tokenizer) is not None:
+            self.other.append(answer.output_ids)
+
+
+def _odd_place(ids: Sequence[int], tokenizer: Any) -> int | None:
+    """The first place where the tokenizer would write the text of finished ids otherwise; None if nowhere."""
+    body = list(ids[:-1])
     text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    again = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*again, last] == [*body, last]
+    again = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return None if again == body else min(parting(again, body), len(ids) - 1)
 
 
 def engine(torch_engine: Any, tokenizer: Any) -> Ask:
@@ -227,7 +278,10 @@ def engine(torch_engine: Any, tokenizer: Any) -> Ask:
 
 
 def endpoint(api_base: str, model: str, api_key: str | None = None) -> Ask:
-    """A chat endpoint that returns token ids (``return_token_ids``: this project's, vLLM's)."""
+    """A chat endpoint that returns token ids (``return_token_ids``: this project's, vLLM's).
+
+    Log-probabilities are asked for, too, and are left out where it sends none.
+    """
     from openai import OpenAI
 
     from agentkd.model import provider_error
@@ -242,6 +296,7 @@ def endpoint(api_base: str, model: str, api_key: str | None = None) -> Ask:
                 max_tokens=limit,
                 temperature=temperature,
                 seed=0,
+                logprobs=True,
                 extra_body={"return_token_ids": True},
             )
         except Exception as exc:
@@ -253,7 +308,10 @@ def endpoint(api_base: str, model: str, api_key: str | None = None) -> Ask:
                 f"{api_base} does not return token ids, so parity cannot be checked there.",
                 "Use agentkd serve, or vLLM 0.10.2 or later.",
             )
-        return Answer(tuple(body["prompt_token_ids"]), tuple(choice["token_ids"]), choice["finish_reason"])
+        ids = tuple(choice["token_ids"])
+        said = (choice.get("logprobs") or {}).get("content") or ()
+        logprobs = tuple(it["logprob"] for it in said) if len(said) == len(ids) else ()
+        return Answer(tuple(body["prompt_token_ids"]), ids, choice["finish_reason"], logprobs)
 
     return ask
 
@@ -286,19 +344,30 @@ def read_replays(folder: Path) -> list[Replay]:
     return [Replay.model_validate(row) for row in found]
 
 
+def read_known(folder: Path) -> dict[str, Known]:
+    """What the student of a folder answered when it was finished, by the place of each replay."""
+    return known_answers(read_json(folder / "parity.json"))
+
+
 def record_served(folder: Path, result: ServedParity) -> None:
     """Write a later check, beside the one that the training closed with, as ``parity-check.json``."""
     write_json(folder / "parity-check.json", result.model_dump(mode="json"))
 
 
-def require_parity(result: ServedParity) -> None:
+def require_parity(result: ServedParity, hint: str = "") -> None:
     """Raise what was found.
 
+    Args:
+        result: of :func:`check_served`.
+        hint: what to do about it; by default it is the server that is to be mended.
+
     Raises:
-        TrainingError: training and serving differ; names the first fault.
+        TrainingError: training and serving differ; names the first fault, and counts the others.
     """
-    if not result.passed:
-        raise TrainingError(
-            f"What is served is not what was trained ({result.served_by}): {result.faults[0]}",
-            "Serve the student folder with its own tokenizer, chat template and student.json.",
-        )
+    if result.passed:
+        return
+    more = f" ({len(result.faults) - 1} more)" if len(result.faults) > 1 else ""
+    raise TrainingError(
+        f"What is served is not what was trained ({result.served_by}): {result.faults[0]}{more}",
+        hint or "Serve the student folder as it is: its base model, adapter, tokenizer, template and prompt.",
+    )

@@ -1,9 +1,9 @@
-"""A local teacher: a model with the student's vocabulary, whose logits the student learns from."""
+"""Teachers, whose logits a student learns from; here a local model with the student's vocabulary."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,14 @@ from agentkd.distill.batches import Pack
 from agentkd.engine.weights import load_model, load_tokenizer
 from agentkd.errors import ConfigError
 
-__all__ = ["LocalTeacher"]
+__all__ = ["LocalTeacher", "Teacher"]
+
+
+class Teacher(Protocol):
+    """What knows how likely each token was."""
+
+    def logits(self, pack: Pack) -> Tensor:
+        """(rows, vocabulary), float32, in the order of ``pack.rows``, each row up to a constant."""
 
 
 class LocalTeacher:

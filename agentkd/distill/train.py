@@ -14,25 +14,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentkd.distill.adapters import check_adapter
+from agentkd.distill.adapters import check_adapter, check_shard
 from agentkd.distill.batches import hold_out
 from agentkd.distill.card import write_card
+from agentkd.distill.choose import make_preference
 from agentkd.distill.config import DistillConfig
+from agentkd.distill.context import check_context
 from agentkd.distill.examples import Example, ExampleSet, build_examples
 from agentkd.distill.inherit import check_parent, data_hash
 from agentkd.distill.memory import (
     MIB,
     MemoryNeed,
     estimate_memory,
+    fits_as_a_whole,
     free_memory,
     refuse_too_little,
     told_what_to_lower,
 )
 from agentkd.distill.negatives import build_negatives, negatives_hash, read_rejected
 from agentkd.distill.parity import find_faults, refuse_faults
-from agentkd.distill.preference import make_preference
 from agentkd.distill.ranks import group, rank, world
-from agentkd.distill.served import Replay, ServedParity, check_served, engine, make_replays, write_parity
+from agentkd.distill.recorded import recorded_hash
+from agentkd.distill.served import (
+    Replay,
+    ServedParity,
+    check_served,
+    engine,
+    make_replays,
+    require_parity,
+    write_parity,
+)
 from agentkd.engine.student import Student, is_student, load_student
 from agentkd.engine.weights import load_tokenizer, model_hash, resolve_model, stop_ids
 from agentkd.errors import ConfigError, DataError, TrainingError, boundary
@@ -66,13 +77,17 @@ def distill(
 
     Raises:
         DataError: nothing to learn from.
-        ConfigError: the base model or the parent will not do, or ``out`` holds other work.
-        TrainingError: the chat template will not do, or the loss is no longer a number.
+        ConfigError: base model, teacher or parent will not do, ``out`` holds other work, or one process is to
+            share the model out.
+        TrainingError: the chat template will not do, the loss is no longer a number, or the student is
+            not served as it was trained.
     """
     config = config or DistillConfig()
+    check_shard(config, world())
     if not trajectories.is_file():
         raise DataError(f"There is no file {trajectories}.", "Check the path, or run: agentkd filter.")
-    fingerprint = config.fingerprint(data_hash(trajectories, config.parent) + negatives_hash(config))
+    learnt_from = data_hash(trajectories, config.parent) + negatives_hash(config) + recorded_hash(config)
+    fingerprint = config.fingerprint(learnt_from)
     with _only_one(out):
         if is_student(out):
             return _finished(out, fingerprint)
@@ -84,24 +99,19 @@ def distill(
         examples = build_examples(list(items.values()), tokenizer, config)
         for reason, count in examples.dropped.items():
             log.warning("%d of the trajectories left out: %s.", count, reason)
-        refuse_faults(
-            find_faults(
-                examples.examples,
-                items,
-                examples.system_prompt,
-                tokenizer,
-                stop_ids(base, tokenizer),
-                failed_steps=config.failed_steps,
-            )
-        )
-        examples, negatives = _contrasted(examples, items, tokenizer, stop_ids(base, tokenizer), config, say)
+        stops = stop_ids(base, tokenizer)
+        prompt, failed = examples.system_prompt, config.failed_steps
+        refuse_faults(find_faults(examples.examples, items, prompt, tokenizer, stops, failed_steps=failed))
+        examples, negatives = _contrasted(examples, items, tokenizer, stops, config, say)
         learnt, held_out = _held_out(examples, items, config)
         identity["examples"] = examples.digest()
         with boundary(ConfigError, "importing torch", 'Install them: pip install "agentkd[train]"'):
             from agentkd.distill.loop import run_training
         check_adapter(config)
-        need = _memory(base, examples, config, say)
+        wrong = [it for several in (negatives or {}).values() for it in several]
+        check_context(base, config, [*examples.examples, *wrong])
         with boundary(TrainingError, f"training {out}"), told_what_to_lower(config), group(out) as place:
+            need = _memory(base, examples, config, say)  # on the GPU that this process has in the group
             summary = run_training(base, learnt, config, place, identity, on_progress, held_out, negatives)
         if rank():
             raise SystemExit(0)  # the first process has all that is to be written
@@ -217,15 +227,28 @@ def _close(
     with boundary(TrainingError, f"writing {out}"):
         tokenizer.save_pretrained(str(out))
     write_json(out / "student.json", student.model_dump(mode="json"))
-    served = _served_parity(out, replays, config) if replays else None
+    served = None
+    if replays and not fits_as_a_whole(resolve_model(config.base), config, examples.examples):
+        log.warning(
+            "The student is larger than a GPU, and was not asked again: agentkd distill --check %s", out
+        )
+    elif replays:
+        served = _served_parity(out, replays, config)
     before = {"examples": len(examples.examples), "digest": identity["examples"]}
     write_parity(out, replays, before, served)
+    if served is not None:
+        require_parity(
+            served,
+            f"{out} is not finished, and {out / 'parity.json'} has all that was found. Mend the base model's "
+            "tokenizer or chat template and run the same command again, or finish the student unchecked with "
+            "--set replays=0.",
+        )
     write_manifest(
         out,
         stage="distill",
         config=config.model_dump(mode="json"),
         counts={**counts, **summary},
-        inputs=[trajectories, *([Path(config.negatives)] if config.negatives else [])],
+        inputs=[trajectories, *(Path(it) for it in (config.negatives, config.teacher_logprobs) if it)],
         outputs=[
             out / "student.json",
             out / "loss.jsonl",
@@ -245,10 +268,7 @@ def _served_parity(out: Path, replays: list[Replay], config: DistillConfig) -> S
     system = read_json(out / "student.json")["system_prompt"]
     weights = out / ("model" if config.adapter == "full" else "adapter")
     with TorchEngine.load(resolve_model(config.base), weights, threads=config.threads) as model:
-        result = check_served(replays, system, tokenizer, engine(model, tokenizer), "embedded engine")
-    for fault in result.faults:
-        log.warning("What is served is not what was trained: %s", fault)
-    return result
+        return check_served(replays, system, tokenizer, engine(model, tokenizer), "embedded engine")
 
 
 @contextmanager

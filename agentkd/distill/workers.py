@@ -23,7 +23,7 @@ from agentkd.distill.learner import Learner
 from agentkd.distill.objectives import Objective
 from agentkd.distill.preference import Preference, Scored, chosen_negatives
 from agentkd.distill.ranks import world
-from agentkd.distill.teacher import LocalTeacher
+from agentkd.distill.teacher import Teacher
 from agentkd.errors import TrainingError
 
 __all__ = ["Contrast", "Goal", "Unit", "Workers", "score_references", "side_by_side"]
@@ -39,6 +39,8 @@ class Unit(NamedTuple):
     """Several only where a loss that is not the sum of theirs needs examples that cannot be packed."""
     right: str = ""
     """Id of the right trajectory, where it stands beside wrong ones."""
+    counts: bool = True
+    """False when it is computed only to keep step with other processes."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Goal:
     """What is minimised; no objective is cross-entropy, on the fast path."""
 
     objective: Objective | None = None
-    teacher: LocalTeacher | None = None
+    teacher: Teacher | None = None
     seed: int = 0
     contrast: Contrast | None = None
 
@@ -93,14 +95,18 @@ class Workers:
     def lay_out(self, batch: Sequence[Example], step: int) -> list[Unit]:
         """What is computed side by side in a step: packs, or a right trajectory with its wrong ones."""
         contrast = self._goal.contrast
-        if contrast is None:
-            return [Unit((pack,)) for pack in self._learner.packs(batch, self.count * world())]
-        return contrast.lay_out(self._learner, batch, f"{self._goal.seed}:{step}")
+        if contrast is not None:
+            return contrast.lay_out(self._learner, batch, f"{self._goal.seed}:{step}")
+        units = [Unit((pack,)) for pack in self._learner.packs(batch, self.count * world())]
+        return _filled_up(units) if self._learner.sharded else units
 
     def map(
         self, units: Sequence[Unit], weight: float, step: int, steps: int
     ) -> Iterator[tuple[float, Grads]]:
         """For each unit, in order: its part of the mean loss, and the gradient of that.
+
+        Of a model that is shared out, the gradients are added to those of the parameters instead, as sums
+        over all processes.
 
         Args:
             units: the batch, see :meth:`lay_out`.
@@ -118,9 +124,15 @@ class Workers:
                 part = self._plain(unit.packs[0], weight, step, steps)
             else:
                 part = _contrasted(self._learner, self._goal.contrast, unit, weight, questions, step)
+            if not unit.counts:
+                part = part * 0.0
+            if self._learner.sharded:
+                part.backward()
+                return part.item(), (None,) * len(self._parameters)
             return part.item(), torch.autograd.grad(part, self._parameters, allow_unused=True)
 
-        return self._pool.map(one, units)
+        # One worker is this thread: it has chosen its GPU, and computes nothing before it is asked for.
+        return map(one, units) if self.count == 1 else self._pool.map(one, units)
 
     def _plain(self, pack: Pack, weight: float, step: int, steps: int) -> torch.Tensor:
         losses = self._losses(pack, step, steps)
@@ -146,8 +158,10 @@ def side_by_side(learner: Learner, config: DistillConfig, goal: Goal = SFT) -> I
     """Workers for one training run; torch's own number of threads is put back afterwards."""
     before = torch.get_num_threads()
     available = config.threads or before
+    if learner.sharded:  # processes that wait for each other at every layer must not fight for a core
+        available = max(1, available // world())
     # Dropout draws from one generator: in turn, or the draws would depend on who is first.
-    alone = learner.device.type != "cpu" or config.lora_dropout > 0
+    alone = learner.device.type != "cpu" or config.lora_dropout > 0 or learner.sharded
     count = 1 if alone else min(available, config.batch_size)
     torch.set_num_threads(max(1, available // count))
     try:
@@ -157,12 +171,18 @@ def side_by_side(learner: Learner, config: DistillConfig, goal: Goal = SFT) -> I
         torch.set_num_threads(before)
 
 
+def _filled_up(units: list[Unit]) -> list[Unit]:
+    """With the smallest once more, for nothing, until every process has the same number."""
+    smallest = min(units, key=lambda unit: sum(len(pack.ids) for pack in unit.packs))
+    return [*units, *[smallest._replace(counts=False)] * (-len(units) % world())]
+
+
 def _check(losses: torch.Tensor, pack: Pack, step: int) -> None:
     bad = (~torch.isfinite(losses.detach())).nonzero()
     if len(bad):
         name = pack.examples[pack.owners[int(bad[0])]]
         raise TrainingError(
-            f"The loss of trajectory {name} is not a number in step {step + 1}.",
+            f"The loss of trajectory {name} is not a number{f' in step {step + 1}' if step >= 0 else ''}.",
             "Lower the learning rate, or leave that trajectory out.",
         )
 

@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-__all__ = ["Completion", "Engine"]
+from agentkd.engine.cancel import Cancellation
+
+__all__ = ["GREEDY_BELOW", "Cancellation", "Completion", "Engine"]
+
+GREEDY_BELOW = 1e-4
+"""Temperatures below this one take the likeliest token: it leaves no other a chance, and still lower
+ones are 0 in single precision."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Engine(Protocol):
         seed: int | None = None,
         stop: Sequence[str] = (),
         on_token: Callable[[int, int], None] | None = None,
+        cancellation: Cancellation | None = None,
     ) -> list[Completion]:
         """Continue a prompt ``n`` times; blocks until all are done.
 
@@ -44,14 +51,16 @@ class Engine(Protocol):
             prompt_ids: token ids.
             n: how many continuations.
             max_new_tokens: limit of each.
-            temperature: 0 takes the likeliest token.
+            temperature: 0, as all below :data:`GREEDY_BELOW`, takes the likeliest token.
             top_p: sample from the smallest set of tokens with at least this probability.
             seed: makes the samples reproducible.
             stop: texts that end a continuation; they are not part of its text.
             on_token: called with the number of the continuation and each new token, on a thread
                 of the engine, so it must be quick; what it raises ends the request.
+            cancellation: ends the call, also one that waits for its first token.
 
         Raises:
+            ProviderError: the engine failed, or the call was cancelled.
             ContextOverflowError: the prompt leaves no room for a single token.
         """
 

@@ -12,7 +12,7 @@ from smolagents.monitoring import TokenUsage
 from agentkd.engine.render import render_prompt
 
 if TYPE_CHECKING:
-    from agentkd.engine import Engine
+    from agentkd.engine import Cancellation, Engine
 
 __all__ = ["EngineModel"]
 
@@ -31,10 +31,11 @@ class EngineModel(Model):
         seed: of the samples of a call that names none; random by default.
 
     Attributes:
-        on_token: see :meth:`agentkd.engine.Engine.generate`.
+        on_token, cancellation: see :meth:`agentkd.engine.Engine.generate`.
     """
 
     on_token: Callable[[int, int], None] | None = None
+    cancellation: Cancellation | None = None
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class EngineModel(Model):
             temperature=self.temperature,
             seed=seed,
         )
-        model.on_token = self.on_token
+        model.on_token, model.cancellation = self.on_token, self.cancellation
         return model
 
     def generate(
@@ -83,6 +84,7 @@ class EngineModel(Model):
             seed=options.get("seed", self.seed),
             stop=tuple(stop_sequences or ()),
             on_token=self.on_token,
+            cancellation=self.cancellation,
         )
         choices = [
             SimpleNamespace(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agentkd.engine import Completion
+from agentkd.errors import ProviderError
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,10 @@ class Request:
         """Resolve the future to an error, unless it is resolved."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more: the lanes drop its samples."""
+        self.fail(ProviderError("The call was cancelled."))
 
 
 class Row:

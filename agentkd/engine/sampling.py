@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from agentkd.engine import GREEDY_BELOW
+
 __all__ = ["Choice", "choose"]
 
 _SIZES = (64, 1024)
@@ -36,13 +38,13 @@ def choose(
 
     Args:
         logits: [rows, vocabulary], any float type.
-        temperatures: 0 is greedy.
+        temperatures: below :data:`agentkd.engine.GREEDY_BELOW`, greedy.
         top_ps: 1 samples from everything.
         draws: one uniform number for each row; unused where greedy.
     """
     scores = logits.float()
     chosen = scores.argmax(dim=-1)
-    sampled = [row for row, temperature in enumerate(temperatures) if temperature > 0]
+    sampled = [row for row, temperature in enumerate(temperatures) if temperature >= GREEDY_BELOW]
     if sampled:
         rows = torch.tensor(sampled, device=logits.device)
         heat = torch.tensor([temperatures[row] for row in sampled], device=logits.device)

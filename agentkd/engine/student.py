@@ -115,6 +115,7 @@ def check_base(student: Student, found: str) -> None:
     """
     if found != student.base_hash:
         raise ConfigError(
-            f"The student in {student.path} was trained on other weights than those of {student.base} here.",
+            f"Wrong base: the student in {student.path} was trained on other weights than those of "
+            f"{student.base} here.",
             "Bring back that base model, or distil again.",
         )

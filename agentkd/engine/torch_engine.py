@@ -11,12 +11,13 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from agentkd.engine import Completion
+from agentkd.engine import Cancellation, Completion
 from agentkd.engine.decoder import Decoder, cpu_dtype, prepare_model
 from agentkd.engine.ending import Ending, end_tokens
 from agentkd.engine.kv import PrefixCache
@@ -133,6 +134,7 @@ class TorchEngine:
         seed: int | None = None,
         stop: Sequence[str] = (),
         on_token: Callable[[int, int], None] | None = None,
+        cancellation: Cancellation | None = None,
     ) -> list[Completion]:
         """See :meth:`agentkd.engine.Engine.generate`."""
         ids = [int(token) for token in prompt_ids]
@@ -146,9 +148,11 @@ class TorchEngine:
             on_token=on_token,
         )
         request = Request(ids, n, settings)
-        self._queue.put(request)
+        given_up = nullcontext() if cancellation is None else cancellation.calling(request.give_up)
         try:
-            return request.future.result()
+            with given_up:
+                self._queue.put(request)
+                return request.future.result()
         except BaseException:
             request.future.cancel()  # Ctrl-C: the lanes drop the rows of a request that is over
             raise

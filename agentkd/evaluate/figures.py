@@ -19,14 +19,14 @@ import math
 import random
 import statistics
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from agentkd.errors import ConfigError
-from agentkd.evaluate.measures import Measures, measure
+from agentkd.evaluate.measures import Measures, counted, measure
 from agentkd.spend import Price
 from agentkd.task import Task
 from agentkd.trajectory import Trajectory
@@ -217,8 +217,8 @@ def _cell(runs: Sequence[Trajectory]) -> Cell:
         seconds_per_task=statistics.median(run.seconds for run in valid) if valid else None,
         steps_per_task=_mean([len(run.steps) for run in valid]),
         tool_uses_per_task=_mean([sum(len(step.tool_uses) for step in run.steps) for run in valid]),
-        stop_reasons=_counted(run.stop_reason.value for run in runs),
-        failures=_counted(kind for run in runs for kind in _failure_kinds(run)),
+        stop_reasons=counted(run.stop_reason.value for run in runs),
+        failures=counted(kind for run in runs for kind in _failure_kinds(run)),
     )
 
 
@@ -236,10 +236,6 @@ def _failure_kinds(run: Trajectory) -> list[str]:
 
 def _mean(values: Sequence[int]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _counted(names: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
 def paired_difference(
@@ -367,6 +363,12 @@ def _add_measures(row: Callable[[str, Iterable[object]], None], all_measures: li
             "calibration error",
             [_number(item.calibration.ece if item.calibration else None, 3) for item in found],
         )
+    if any(item.repairs for item in found):
+        row("texts mended", [_counts(item.repairs) for item in found])
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items()) or "-"
 
 
 def _hundred(share: float | None) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 
 from agentkd.errors import ConfigError
 from agentkd.spend import Price
-from agentkd.trajectory import Trajectory
+from agentkd.trajectory import Step, Trajectory
 
-__all__ = ["Calibration", "Measures", "calibration", "confidence", "measure", "pass_at_k"]
+__all__ = ["Calibration", "Measures", "calibration", "confidence", "counted", "measure", "pass_at_k"]
 
 BINS = 10
 """Equal-width bins of the calibration error."""
@@ -54,6 +54,9 @@ class Measures(BaseModel):
     """US dollars, mean of a run; None for a model without a price."""
     calibration: Calibration | None = None
     """None where no run has votes or log-probabilities."""
+    repairs: dict[str, int] = {}
+    """What had to be mended to find the code in what the model wrote, by kind (:mod:`agentkd.action`), most
+    frequent first; in all that was drawn: chosen actions, candidates that lost, drafts of a router."""
 
 
 class _Confidence(NamedTuple):
@@ -143,7 +146,19 @@ def measure(trajectories: Iterable[Trajectory], price: Price | None = None) -> M
         seconds_p95=_percentile([run.seconds for run in runs], 0.95),
         cost_per_task=math.fsum(costs) / len(costs) if costs else None,
         calibration=calibration(runs),
+        repairs=counted(name for run in runs for step in run.steps for name in _mended(step)),
     )
+
+
+def counted(names: Iterable[str]) -> dict[str, int]:
+    """How often each name is there; most frequent first, equals by name."""
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+
+
+def _mended(step: Step) -> list[str]:
+    """The repairs of every text of a step, each text once: those of the chosen one are the step's own."""
+    drawn = (*step.candidates, *(step.route.drafts if step.route else ()))
+    return [*step.repairs, *(name for item in drawn if not item.chosen for name in item.repairs)]
 
 
 def _percentile(values: Sequence[float], share: float) -> float | None:

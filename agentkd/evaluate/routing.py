@@ -116,7 +116,6 @@ def compare_routers(
     config: RouterConfig | None = None,
     retriever: Retriever | None = None,
     workers: int = 32,
-    tools: ToolKind = "both",
     same: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RoutingResult:
@@ -125,8 +124,7 @@ def compare_routers(
     Args:
         label, tasks, system, retriever, workers, same, on_progress: as in :func:`run_evaluation`.
         out: folder for one evaluation a router and ``routing.json``.
-        config: how many direct answers, at which temperature, from which seed.
-        tools: what counts as a tool.
+        config: how many direct answers, at which temperature, from which seed, and what counts as a tool.
 
     Raises:
         ConfigError: the system does not act in code, or ``out`` holds other work.
@@ -155,7 +153,7 @@ def compare_routers(
             on_progress=on_progress,
             same={**(same or {}), "router": router.model_dump(mode="json")},
         )
-    result = routing_figures(label, runs, tools)
+    result = routing_figures(label, runs, base.tools)
     write_json(out / "routing.json", result.model_dump(mode="json"))
     return result
 
@@ -165,7 +163,10 @@ def routing_figures(
 ) -> RoutingResult:
     """The figures of runs of the same tasks under ``never``, ``implicit``, ``forced`` and ``agreement``.
 
-    Tasks that are missing in one of them are left out.
+    Args:
+        label: what the system is called.
+        runs: by router; tasks that are missing in one of them are left out.
+        tools: what counts as a tool, as in the settings of those routers.
 
     Raises:
         ConfigError: no task is in all of them, or a run was not routed.

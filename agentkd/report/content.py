@@ -70,6 +70,13 @@ class CellLike(Protocol):
     def failures(self) -> Mapping[str, int]: ...
 
 
+class MeasuresLike(Protocol):
+    """Figures beside accuracy, see :class:`agentkd.evaluate.Measures`."""
+
+    @property
+    def repairs(self) -> Mapping[str, int]: ...
+
+
 class ResultLike(Protocol):
     """All figures of one system, see :class:`agentkd.evaluate.SystemResult`."""
 
@@ -83,6 +90,8 @@ class ResultLike(Protocol):
     def levels(self) -> Mapping[str, Mapping[str, CellLike]]: ...
     @property
     def groups(self) -> Mapping[str, CellLike]: ...
+    @property
+    def measures(self) -> MeasuresLike | None: ...
     def model_dump(self) -> dict[str, Any]:
         """Everything as plain Python values, ``label`` included."""
         ...
@@ -221,6 +230,10 @@ class Content:
         if any(cell.unscored for cell in cells):
             unscored = [str(cell.unscored) for cell in cells]
             rows.append(("answers that could not be graded (count as wrong)", unscored))
+        mended = [result.measures.repairs if result.measures else None for result in self.results]
+        if any(mended):
+            shown = [number(None, 0) if kinds is None else _counts(kinds) for kinds in mended]
+            rows.append(("texts mended (candidates that lost included)", shown))
         return rows
 
     def published_rows(self) -> list[tuple[str, list[str]]]:

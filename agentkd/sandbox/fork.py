@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import threading
@@ -21,30 +20,22 @@ from typing import Any
 
 from smolagents.local_python_executor import BASE_BUILTIN_MODULES, CodeOutput, PythonExecutor
 
-from agentkd.errors import AgentkdError, SandboxError
+from agentkd.errors import SandboxError
 from agentkd.sandbox import CodeFailure, Outcome
 from agentkd.sandbox import isolation as isolations
+from agentkd.sandbox.candidate import Candidate, drain, end_in_words, has_ended
 from agentkd.sandbox.cgroup import ControlGroup
 from agentkd.sandbox.inside.wire import plain, receive, send
 from agentkd.sandbox.limits import Limits
-from agentkd.sandbox.outcome import KEPT, LOST, checked
-from agentkd.sandbox.toolhost import Caller, Round, ToolHost
+from agentkd.sandbox.outcome import LOST
+from agentkd.sandbox.toolhost import Round, ToolHost
 from agentkd.sandbox.zygotes import ANSWER_SECONDS, DOCTOR, Zygote, first_message, zygote_for
-from agentkd.trajectory import ToolUse, valid_text
+from agentkd.trajectory import ToolUse
 
 __all__ = ["ForkSandbox", "Limits"]
 
 STATE_SECONDS = 10.0
 """For the process that holds a session's state to fork; it has run the model's code."""
-
-
-class _Candidate:
-    """One process that tries an action."""
-
-    def __init__(self, pid: int, sock: socket.socket) -> None:
-        self.pid = pid
-        self.sock = sock
-        self.outcome: Outcome | None = None
 
 
 class ForkSandbox(PythonExecutor):
@@ -56,9 +47,15 @@ class ForkSandbox(PythonExecutor):
             run side by side on fewer cores than they are get proportionally more.
         limits: memory, processes and the like.
         isolation: "bubblewrap" or "landlock"; chosen by what the machine has by default.
+
+    Attributes:
+        ends_with_answer: set by who closes the session behind a final answer, so that the process that
+            gave it need not become the session.
+        user: id of the session's user, as the host sees it; None before the first action.
     """
 
     can_fork = True
+    ends_with_answer = False
 
     def __init__(
         self,
@@ -77,16 +74,17 @@ class ForkSandbox(PythonExecutor):
         self._zygote: Zygote | None = None
         self._root: socket.socket | None = None
         self._pidfd: int | None = None
+        self._opening = threading.RLock()  # :meth:`open` may be called on another thread
+        self._telling, self._closed = threading.Lock(), False
         self._ending, self._interrupted = threading.Lock(), False
         self._group: ControlGroup | None = None
         self._state: socket.socket | None = None
         self._waiting: list[dict[str, Any]] = []
-        self._tried: list[_Candidate] = []
+        self._tried: list[Candidate] = []
         self._copies = False  # whether candidates have working directories of their own
         self._together = Round()
         self._spent = 0.0
         self.user: int | None = None
-        """User id of the session's processes, as the host sees it; None before the first action."""
 
     # smolagents' interface.
 
@@ -96,7 +94,8 @@ class ForkSandbox(PythonExecutor):
 
     def send_variables(self, variables: dict[str, Any]) -> None:
         values = {name: plain(value) for name, value in variables.items()}
-        self._variables.update(values)
+        with self._telling:
+            self._variables.update(values)
         if values:
             self._set([], values)
 
@@ -154,11 +153,11 @@ class ForkSandbox(PythonExecutor):
             fresh = self._fork(len(codes))
             self._tried += fresh
             if len(codes) == 1:
-                self._drive(fresh[0], codes[0], seconds, self._together)
+                fresh[0].drive(codes[0], seconds, self._host.caller(self._together), self._why)
             else:
                 with ThreadPoolExecutor(len(codes)) as pool:
                     jobs = [
-                        pool.submit(self._drive, tried, code, seconds, self._together)
+                        pool.submit(tried.drive, code, seconds, self._host.caller(self._together), self._why)
                         for tried, code in zip(fresh, codes, strict=True)
                     ]
                 for job in jobs:
@@ -182,6 +181,8 @@ class ForkSandbox(PythonExecutor):
         if chosen is None or chosen.outcome is None or chosen.outcome.ended:
             raise ValueError(f"candidate {index} cannot become the session")
         self._uses += chosen.outcome.tool_uses
+        if self.ends_with_answer and chosen.outcome.is_final:
+            return  # it ends with the session
         tried, self._tried = self._tried, []
         reply = self._ask({"keep": chosen.pid, "directory": index if self._copies else None})
         for candidate in tried:
@@ -191,7 +192,7 @@ class ForkSandbox(PythonExecutor):
             if self._state is not None:
                 self._state.close()
             self._state = chosen.sock
-            _drain(self._state)
+            drain(self._state)
         elif reply["lost"]:
             self.close()
 
@@ -211,6 +212,26 @@ class ForkSandbox(PythonExecutor):
         uses, self._uses = tuple(self._uses), []
         return uses
 
+    def open(self) -> None:
+        """Start a new session now rather than with its first action; also from another thread meanwhile.
+
+        Nothing is started where it has been closed already.
+
+        Raises:
+            SandboxError: the sandbox failed.
+        """
+        with self._opening:
+            if not self._closed:
+                self._open()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has been opened, and can go on."""
+        with self._ending:
+            if self._pidfd is None or self._root is None or self._zygote is None:
+                return False
+            return self._zygote.alive and not has_ended(self._pidfd, 0)
+
     def interrupt(self) -> None:
         """End the session for good, from any thread: an action that runs, or is about to, fails."""
         with self._ending:
@@ -224,53 +245,41 @@ class ForkSandbox(PythonExecutor):
 
     def close(self) -> None:
         """End the session and everything in it."""
-        for candidate in self._tried:
-            candidate.sock.close()
-        self._tried = []
-        for sock in (self._state, self._root):
-            if sock is not None:
-                sock.close()
-        self._state = self._root = None
-        self._waiting = []
-        if self._pidfd is not None:
-            self._kill()
-            poll = select.poll()
-            poll.register(self._pidfd, select.POLLIN)
-            poll.poll(5000)
-            with self._ending:  # an interrupt must not meet another session's descriptor
-                os.close(self._pidfd)
-                self._pidfd = None
-        if self._group is not None:
-            self._group.close()
-            self._group = None
-        self._spent = 0.0
+        with self._opening:
+            self._closed = True
+            for candidate in self._tried:
+                candidate.sock.close()
+            self._tried = []
+            for sock in (self._state, self._root):
+                if sock is not None:
+                    sock.close()
+            self._state = self._root = None
+            self._waiting = []
+            if self._pidfd is not None:
+                self._kill()
+                has_ended(self._pidfd, 5000)
+                with self._ending:  # an interrupt must not meet another session's descriptor
+                    os.close(self._pidfd)
+                    self._pidfd = None
+            if self._group is not None:
+                self._group.close()
+                self._group = None
+            self._spent = 0.0
 
     # Talking to the processes.
 
     def _open(self) -> socket.socket:
-        if self._root is not None:
-            return self._root
+        with self._opening:
+            return self._root or self._start()
+
+    def _start(self) -> socket.socket:
         limits = self.limits
-        cpu = limits.cpu_seconds or 2 * self.timeout
         extra = isolations.module_paths(self.imports)
         zygote = self._zygote = zygote_for(self.isolation, extra)
-        order = {
-            "imports": sorted({*BASE_BUILTIN_MODULES, *self.imports}),
-            "seed": limits.seed,
-            "scratch_mb": limits.scratch_mb,
-            "limits": {
-                "AS": limits.memory_mb << 20,
-                "NPROC": limits.processes,
-                "NOFILE": 256,
-                "FSIZE": limits.scratch_mb << 20,
-                "CPU": max(1, int(cpu + 0.999)),
-                "CORE": 0,
-                "MEMLOCK": 0,
-            },
-        }
-        self._root, number, uid = zygote.open(order)
+        order = {"imports": sorted({*BASE_BUILTIN_MODULES, *self.imports}), **limits.order(self.timeout)}
+        root, number, uid = zygote.open(order)
         try:
-            ready, pid, self.user = first_message(self._root)
+            ready, pid, self.user = first_message(root)
             if "ready" not in ready:
                 raise SandboxError(
                     f"The sandbox cannot isolate a session: {ready.get('broken', 'it ended')}.", DOCTOR
@@ -283,19 +292,22 @@ class ForkSandbox(PythonExecutor):
                     self._kill()
             self._group = ControlGroup(f"{id(zygote):x}-{number}", limits.memory_mb << 20, limits.processes)
             self._group.add(pid)
-            send(self._root, {"tools": list(self._host.tools), "variables": self._variables})
-        except (OSError, ValueError) as exc:
+            with self._telling:  # what is set from here on is sent by who sets it
+                send(root, {"tools": list(self._host.tools), "variables": self._variables})
+                self._root = root
+        except BaseException as exc:
+            root.close()
             self.close()
-            raise SandboxError(f"The sandbox cannot start a session: {exc or 'no answer'}.", DOCTOR) from exc
-        except BaseException:
-            self.close()
+            if isinstance(exc, (OSError, ValueError)):
+                why = f"The sandbox cannot start a session: {exc or 'no answer'}."
+                raise SandboxError(why, DOCTOR) from exc
             raise
-        return self._root
+        return root
 
     def _set(self, tools: list[str], variables: dict[str, Any]) -> None:
         message = {"tools": tools, "variables": variables}
-        if self._root is not None:
-            with contextlib.suppress(OSError):  # found out by the next action
+        with self._telling, contextlib.suppress(OSError):  # which the next action finds out
+            if self._root is not None:
                 send(self._root, message)
         if self._state is not None or self._tried:  # it is stopped and does not read
             self._waiting.append(message)
@@ -326,7 +338,7 @@ class ForkSandbox(PythonExecutor):
             return SandboxError(f"The sandbox process ended ({why}).", "Run the command again.")
         return CodeFailure(f"The code ended its session ({why}). {LOST}")
 
-    def _fork(self, count: int) -> list[_Candidate]:
+    def _fork(self, count: int) -> list[Candidate]:
         root = self._open()
         first = len(self._tried)
         directories = list(range(first, first + count)) if self._copies else []
@@ -370,50 +382,7 @@ class ForkSandbox(PythonExecutor):
         finally:
             for _, theirs in pairs:
                 theirs.close()
-        return [_Candidate(pid, ours) for pid, (ours, _) in zip(pids, pairs, strict=True)]
-
-    def _drive(self, tried: _Candidate, code: str, seconds: float, together: Round) -> None:
-        """Give a candidate its code, answer its calls, take its outcome."""
-        caller = self._host.caller(together)
-        began = time.monotonic()
-        try:
-            message, seconds = self._outcome(tried.sock, code, seconds, caller)
-            tried.outcome = checked(message, caller, time.monotonic() - began)
-            return
-        except TimeoutError:
-            error = f"The code took longer than {seconds:.3g} s and was stopped. {KEPT}"
-            timed_out = True
-        except AgentkdError:
-            raise
-        except _Ended:
-            error, timed_out = self._why(tried.pid), False
-        except (OSError, ValueError, RecursionError) as exc:
-            error, timed_out = f"The code broke its interpreter ({exc}). {KEPT}", False
-        tried.outcome = Outcome(
-            error=valid_text(error),
-            timed_out=timed_out,
-            ended=True,
-            tool_uses=tuple(caller.uses),
-            seconds=time.monotonic() - began,
-        )
-
-    def _outcome(
-        self, sock: socket.socket, code: str, seconds: float, caller: Caller
-    ) -> tuple[dict[str, Any], float]:
-        deadline = time.monotonic() + seconds
-        sock.settimeout(seconds)
-        send(sock, {"code": code})
-        while True:
-            message = receive(sock, deadline)
-            if message is None:
-                raise _Ended
-            if "call" not in message:
-                return message, seconds
-            began = time.monotonic()
-            reply = caller.answer(message)
-            deadline += time.monotonic() - began
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            send(sock, reply)
+        return [Candidate(pid, ours) for pid, (ours, _) in zip(pids, pairs, strict=True)]
 
     def _why(self, pid: int) -> str:
         """Why a candidate's process ended, as its parent knows."""
@@ -428,23 +397,4 @@ class ForkSandbox(PythonExecutor):
                     if status is not None:
                         break
                     time.sleep(0.005)  # its socket closes a moment before it is gone
-        if status == -signal.SIGXCPU or status == -signal.SIGKILL:
-            what = "used too much processor time or memory"
-        elif isinstance(status, int) and status < 0:
-            what = f"crashed its interpreter (signal {-status})"
-        else:
-            what = "ended its process"
-        return f"The code {what}. {KEPT}"
-
-
-class _Ended(Exception):
-    """A candidate's socket was closed."""
-
-
-def _drain(sock: socket.socket) -> None:
-    """Drop what processes that are gone now may have written."""
-    sock.setblocking(False)
-    with contextlib.suppress(OSError):
-        while sock.recv(1 << 16):
-            pass
-    sock.setblocking(True)
+        return end_in_words(status)

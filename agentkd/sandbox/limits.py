@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["Limits"]
@@ -25,3 +28,23 @@ class Limits(BaseModel):
     """Wall-clock time of all actions of a session, time in tools apart."""
     seed: int = 0
     """Random numbers of a session start from here."""
+
+    def order(self, timeout: float) -> dict[str, Any]:
+        """What a session's root process is told of them.
+
+        Args:
+            timeout: wall-clock seconds of one action.
+        """
+        return {
+            "seed": self.seed,
+            "scratch_mb": self.scratch_mb,
+            "limits": {
+                "AS": self.memory_mb << 20,
+                "NPROC": self.processes,
+                "NOFILE": 256,
+                "FSIZE": self.scratch_mb << 20,
+                "CPU": max(1, math.ceil(self.cpu_seconds or 2 * timeout)),
+                "CORE": 0,
+                "MEMLOCK": 0,
+            },
+        }

@@ -14,16 +14,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentkd.agent_config import AgentConfig, agent_factory
+from agentkd.engine import Cancellation
 from agentkd.engine.model import EngineModel
-from agentkd.errors import ConfigError, ContextOverflowError, ProviderError
+from agentkd.engine.rendered import CachedTokenizer
+from agentkd.errors import ConfigError, ContextOverflowError
 from agentkd.prompt import FENCE_CLOSE, FENCE_OPEN
 from agentkd.rollout import rollout
 from agentkd.router import parse_router
 from agentkd.sampler import SamplerConfig
+from agentkd.sandbox import Sandbox, open_sandbox
 from agentkd.scorer import SCORERS
-from agentkd.serve.backend import ChatChoice, ChatResult, Listener, RoomCheck
-from agentkd.serve.request import AgentOptions, ChatRequest, RequestError
+from agentkd.serve.backend import AGENT_SUFFIX, ChatChoice, ChatResult, Listener, RoomCheck
+from agentkd.serve.request import AgentOptions, ChatRequest, EngineRefusal, RequestError
 from agentkd.serve.runs import RunLog
+from agentkd.serve.sessions import Sessions
 from agentkd.spend import LimitReached
 from agentkd.task import Task
 from agentkd.trajectory import Step, StopReason, Trajectory
@@ -31,15 +35,21 @@ from agentkd.trajectory import Step, StopReason, Trajectory
 if TYPE_CHECKING:
     from smolagents import Tool
 
+    from agentkd.agent import StepAgent
     from agentkd.engine import Engine
 
 __all__ = ["AgentBackend", "question_of", "step_event"]
 
-SUFFIX = "-agent"
-"""What the name of an agent model ends with."""
 MAX_SECONDS = 120.0
 """Wall-clock limit of one answer, unless the settings have one."""
 
+_SHOWN: dict[str, Any] = {
+    **dict.fromkeys(("number", "thought", "code", "observation", "failure", "is_final", "tool_uses"), True),
+    **dict.fromkeys(("usage", "model_seconds", "code_seconds"), True),
+    "candidates": {"__all__": {"code", "outcome", "failure", "votes", "chosen", "mean_logprob"}},
+    "route": {"router", "mode", "direct", "p_tool", "agreement"},
+}
+"""What of a step is told: no token ids and log-probabilities, which are most of it."""
 _NOT_FOR_AGENTS = {
     "n": "An agent gives one answer; ask several times, with other seeds.",
     "logprobs": "An agent's answer comes out of code and has no log-probabilities; ask the bare student.",
@@ -72,8 +82,10 @@ class AgentBackend:
         self.engine, self.tokenizer = engine, tokenizer
         self.config = config.model_copy(update={"max_seconds": config.max_seconds or MAX_SECONDS})
         self.tools, self.runs = tuple(tools), runs
+        self.words = CachedTokenizer(tokenizer)
         self.room = RoomCheck(engine, tokenizer)
-        self.model_id = config.model + SUFFIX
+        self.sessions = Sessions(self._session)
+        self.model_id = config.model + AGENT_SUFFIX
         self.label = f"agentkd agent of {config.model}"
 
     def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
@@ -83,7 +95,7 @@ class AgentBackend:
         self.room.check(message.content for message in request.messages)
         question = question_of(request.plain_messages())
         config = _settings(self.config, request, options)
-        model = _Model(self.engine, self.tokenizer, config, request)
+        model = _Model(self.engine, self.words, config, request)
         task = Task(
             id=f"served-{uuid.uuid4().hex}", question=question, answer=options.answer, scorer=options.scorer
         )
@@ -94,35 +106,58 @@ class AgentBackend:
     def _run(
         self, task: Task, config: AgentConfig, model: _Model, listener: Listener | None
     ) -> tuple[Trajectory, str]:
-        agent = agent_factory(config, self.tools, model)(task, 0)
-        follower = _Follower(listener)
-        agent.watch = follower.step
-        model.on_token = lambda index, token: _go_on(agent.cancelled)
-        assert config.max_seconds is not None
-        timer = threading.Timer(config.max_seconds, agent.cancel)
-        timer.daemon = True
-        timer.start()
-        if listener is not None:
-            listener.when_cancelled(agent.cancel)
-        settings = config.model_dump(mode="json")
+        session = self.sessions.take()
         try:
-            trajectory = rollout(
-                agent,
-                task,
-                max_seconds=config.max_seconds,
-                config=settings,
-                labels={"served_as": self.model_id},
-            )
+            agent = agent_factory(config, self.tools, model, sandbox=session)(task, 0)
+            follower = _Follower(listener)
+            agent.watch = follower.step
+            trajectory = self._rollout(agent, task, config, model, listener)
         finally:
-            timer.cancel()
-            agent.cleanup()
+            self.sessions.end(session)
+        if trajectory.stop_reason == StopReason.PROVIDER_ERROR and model.refused is not None:
+            raise model.refused
         reason = _reason(trajectory, model, gone=listener is not None and listener.cancelled())
         if reason != trajectory.stop_reason:
             trajectory = trajectory.model_copy(update={"stop_reason": reason, "failure": None})
         return trajectory, "".join(follower.told)
 
+    def _rollout(
+        self, agent: StepAgent, task: Task, config: AgentConfig, model: _Model, listener: Listener | None
+    ) -> Trajectory:
+        """Run it until it ends, its time is up, or nobody waits any more."""
+        model.cancellation = cancellation = Cancellation()
+
+        def give_up() -> None:
+            agent.cancel()
+            cancellation.cancel()
+
+        assert config.max_seconds is not None
+        timer = threading.Timer(config.max_seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        if listener is not None:
+            listener.when_cancelled(give_up)
+        try:
+            return rollout(
+                agent,
+                task,
+                max_seconds=config.max_seconds,
+                config=config.model_dump(mode="json"),
+                labels={"served_as": self.model_id},
+            )
+        finally:
+            timer.cancel()
+
+    def _session(self) -> Sandbox:
+        config = self.config
+        session = open_sandbox(config.sandbox, imports=config.imports, timeout=config.action_seconds)
+        if hasattr(session, "ends_with_answer"):
+            session.ends_with_answer = True
+        return session
+
     def close(self) -> None:
-        """Nothing to free: the engine is the bare student's."""
+        """End the sessions; the engine is the bare student's."""
+        self.sessions.close()
 
 
 class _Model(EngineModel):
@@ -142,6 +177,8 @@ class _Model(EngineModel):
         self.calls = 0
         self.spent = False
         """Whether a call was refused because no tokens were left."""
+        self.refused: EngineRefusal | None = None
+        """The engine did not take what the request asks for."""
 
     def generate(self, messages: list[Any], stop_sequences: list[str] | None = None, **options: Any) -> Any:
         """See :class:`agentkd.engine.model.EngineModel`."""
@@ -155,7 +192,11 @@ class _Model(EngineModel):
                 self.spent = True
                 raise LimitReached("The request's token limit is reached.")
             options["max_tokens"] = each
-        answer = super().generate(messages, stop_sequences, **options)
+        try:
+            answer = super().generate(messages, stop_sequences, **options)
+        except EngineRefusal as exc:
+            self.refused = exc
+            raise
         if self.left is not None and answer.token_usage is not None:
             self.left -= answer.token_usage.output_tokens
         return answer
@@ -180,11 +221,6 @@ class _Follower:
             self.listener.step(text, step_event(step, "done" if done else "acting"))
 
 
-def _go_on(cancelled: bool) -> None:
-    if cancelled:
-        raise ProviderError("The rollout was cancelled.")
-
-
 def _action_text(step: Step) -> str:
     if step.code is None:
         return f"{step.output.strip()}\n"
@@ -202,18 +238,7 @@ def step_event(step: Step, state: Literal["acting", "done"]) -> dict[str, Any]:
         step: as far as it has got.
         state: "acting": the action is chosen; "done": it has been run.
     """
-    whole = step.model_dump(mode="json")
-    kept = ("number", "thought", "code", "observation", "failure", "is_final", "tool_uses", "usage")
-    seen = ("code", "outcome", "failure", "votes", "chosen", "mean_logprob")
-    decided = ("router", "mode", "direct", "p_tool", "agreement")
-    return {
-        "state": state,
-        **{name: whole[name] for name in kept},
-        "candidates": [{name: candidate[name] for name in seen} for candidate in whole["candidates"]],
-        "route": {name: whole["route"][name] for name in decided} if step.route else None,
-        "model_seconds": step.model_seconds,
-        "code_seconds": step.code_seconds,
-    }
+    return {"state": state, **step.model_dump(mode="json", include=_SHOWN)}
 
 
 def question_of(messages: Sequence[dict[str, str]]) -> str:
@@ -267,7 +292,9 @@ def _settings(config: AgentConfig, request: ChatRequest, options: AgentOptions) 
         sampler = None if options.actions == 1 else sampler
     seed = request.seed if options.seed is None else options.seed
     try:
-        router = config.router if options.router is None else parse_router(options.router)
+        router = config.router
+        if options.router is not None:
+            router = parse_router(options.router, saved=config.router)
     except ConfigError as exc:
         raise RequestError(str(exc), param="agentkd.router", code="invalid_value") from exc
     if seed is not None:

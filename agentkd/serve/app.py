@@ -7,7 +7,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from agentkd import __version__
-from agentkd.serve.backend import ChatBackend, ChatChoice, ChatResult, status_of
-from agentkd.serve.guard import CHAT, Guard, GuardConfig, GuardMiddleware
+from agentkd.serve.backend import ChatBackend, ChatChoice, ChatResult, refuse_twins, status_of
+from agentkd.serve.guard import CHAT, CLIENT_GONE, Guard, GuardConfig, GuardMiddleware
 from agentkd.serve.openapi import ANSWERS, CHAT_BODY, MODEL, MODELS, describe
 from agentkd.serve.page import add_page
 from agentkd.serve.probes import add_probes
@@ -26,6 +26,9 @@ from agentkd.serve.served import SERVED, Served
 from agentkd.serve.tokens import Tokens
 
 __all__ = ["create_app"]
+
+_TOGETHER = 64
+"""Events that are written together, at most: a slow reader gets the same time for each write."""
 
 
 def create_app(
@@ -39,8 +42,9 @@ def create_app(
         tokens: who may ask; by default this machine may, without a token.
 
     Raises:
-        ConfigError: the access log cannot be written.
+        ConfigError: two models have one name, or the access log cannot be written.
     """
+    refuse_twins([backend.model_id for backend in backends])
     guard = Guard(config or GuardConfig(), tokens or Tokens(), backends)
     app = FastAPI(title="agentkd", version=__version__, docs_url=None, redoc_url=None)
     app.state.guard = guard
@@ -129,6 +133,7 @@ class _Work:
 
     def start(self) -> None:
         """Begin. A daemon thread, so that a long answer never keeps the process alive."""
+        self.served.begin()
         threading.Thread(target=self._run, name="agentkd-request", daemon=True).start()
 
     def text(self, index: int, piece: str) -> None:
@@ -171,45 +176,63 @@ class _Work:
         else:
             self.served.finish(result)
             self._put(result)
+        finally:
+            self._on_loop(self.served.end)
 
     def _put(self, event: _Piece | _Step | ChatResult | Exception) -> None:
+        self._on_loop(self.events.put_nowait, event)
+
+    def _on_loop(self, act: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self.loop.call_soon_threadsafe(act, *arguments)
 
 
 async def _watch(http: Request, work: _Work) -> None:
-    """Note when the client hangs up, so that the engine does not go on for nobody."""
+    """Note when the client hangs up: the engine does not go on for nobody, and nobody waits for it."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
     work.cancel()
+    work.events.put_nowait(RequestError("The client has gone.", status=CLIENT_GONE, code="client_gone"))
 
 
 async def _stream(work: _Work, event: Any) -> AsyncIterator[str]:
-    """Server-sent events. Token ids and log-probabilities come with the last piece of a choice."""
+    """Server-sent events. Token ids and log-probabilities come with the last piece of a choice.
+
+    What has come while the last ones were written is written together.
+    """
     request = work.request
-    sent = [""] * request.n
+    sent = [0] * request.n
+    block = [_chunk(work, index, {"role": "assistant", "content": ""}) for index in range(request.n)]
     try:
-        for index in range(request.n):
-            yield _chunk(work, index, {"role": "assistant", "content": ""})
         while not isinstance(event, ChatResult):
             if isinstance(event, Exception):
-                yield _event(status_of(event).body())
+                yield "".join([*block, _event(status_of(event).body())])
                 return
             if isinstance(event, _Step):
-                yield _chunk(work, 0, {"reasoning_content": event.reasoning}, agentkd_step=event.event)
+                block.append(
+                    _chunk(work, 0, {"reasoning_content": event.reasoning}, agentkd_step=event.event)
+                )
             else:
-                sent[event.choice] += event.text
-                yield _chunk(work, event.choice, {"content": event.text})
+                sent[event.choice] += len(event.text)
+                block.append(_chunk(work, event.choice, {"content": event.text}))
+            if work.events.empty() or len(block) >= _TOGETHER:
+                yield "".join(block)
+                block = []
             event = await work.events.get()
-        for index, choice in enumerate(event.choices):
-            if rest := choice.text[len(sent[index]) :]:
-                yield _chunk(work, index, {"content": rest})
-            yield _last_chunk(work, index, choice, event)
-        if request.stream_options.include_usage:
-            yield _event({**_head(work, "chat.completion.chunk"), "choices": [], "usage": _usage(event)})
-        yield "data: [DONE]\n\n"
+        yield "".join([*block, *_closing(work, event, sent)])
     finally:
         work.cancel()
+
+
+def _closing(work: _Work, result: ChatResult, sent: Sequence[int]) -> Iterator[str]:
+    """The events that end a stream of which so many characters of each choice were sent."""
+    for index, choice in enumerate(result.choices):
+        if rest := choice.text[sent[index] :]:
+            yield _chunk(work, index, {"content": rest})
+        yield _last_chunk(work, index, choice, result)
+    if work.request.stream_options.include_usage:
+        yield _event({**_head(work, "chat.completion.chunk"), "choices": [], "usage": _usage(result)})
+    yield "data: [DONE]\n\n"
 
 
 def _chunk(work: _Work, index: int, delta: dict[str, str], **extra: Any) -> str:

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from agentkd.engine import Cancellation
+from agentkd.engine.rendered import CachedTokenizer
 from agentkd.errors import (
+    ConfigError,
     ContextOverflowError,
     DataError,
     ProviderError,
     RetrievalError,
     SandboxError,
 )
-from agentkd.serve.request import ChatRequest, RequestError
+from agentkd.serve.pieces import Pieces
+from agentkd.serve.request import ChatRequest, EngineRefusal, RequestError
 
 if TYPE_CHECKING:
     from agentkd.engine import Completion, Engine
 
 __all__ = [
+    "AGENT_SUFFIX",
     "ChatBackend",
     "ChatChoice",
     "ChatRequest",
@@ -31,10 +36,13 @@ __all__ = [
     "RoomCheck",
     "StudentBackend",
     "refuse_options",
+    "refuse_twins",
     "status_of",
     "student_backend",
 ]
 
+AGENT_SUFFIX = "-agent"
+"""What the name of an agent model ends with."""
 DEFAULT_LIMIT = 1024
 """Sampled tokens of a choice when the client sets no limit."""
 
@@ -91,6 +99,20 @@ def refuse_options(request: ChatRequest) -> None:
     if request.agentkd is not None:
         raise RequestError(
             "'agentkd' is for agent models (NAME-agent) only.", param="agentkd", code="unsupported_parameter"
+        )
+
+
+def refuse_twins(names: Sequence[str]) -> None:
+    """Refuse models of one name: a request could mean either.
+
+    Raises:
+        ConfigError: names one.
+    """
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"Two models are called {twice}.",
+            f"Rename a student's folder; a student NAME that acts is also served as NAME{AGENT_SUFFIX}.",
         )
 
 
@@ -152,25 +174,19 @@ class StudentBackend:
 
     def __init__(self, engine: Engine, tokenizer: Any, model_id: str, label: str = "agentkd") -> None:
         self.engine, self.tokenizer = engine, tokenizer
+        self.words = CachedTokenizer(tokenizer)
         self.model_id, self.label = model_id, label
         self.room = RoomCheck(engine, tokenizer)
 
     def complete(self, request: ChatRequest, listener: Listener | None = None) -> ChatResult:
         """See :class:`ChatBackend`."""
-        from agentkd.engine.render import render_prompt
-
         refuse_options(request)
         self.room.check(message.content for message in request.messages)
-        try:
-            prompt = render_prompt(
-                self.tokenizer,
-                request.plain_messages(),
-                add_generation_prompt=request.add_generation_prompt,
-                continue_final_message=request.continue_final_message,
-            )
-        except DataError as exc:
-            raise RequestError(str(exc), param="messages") from exc
+        prompt = self._prompt(request)
         follower = _Follower(self.tokenizer, request, listener) if listener is not None else None
+        cancellation = Cancellation()
+        if listener is not None:
+            listener.when_cancelled(cancellation.cancel)
         temperature = request.temperature
         if temperature is None:
             temperature = 0.0 if request.n == 1 else 1.0
@@ -183,6 +199,7 @@ class StudentBackend:
             seed=request.seed,
             stop=tuple(request.stop),
             on_token=follower.add if follower is not None else None,
+            cancellation=cancellation,
         )
         return ChatResult(
             choices=tuple(self._choice(done, request) for done in completions),
@@ -190,6 +207,24 @@ class StudentBackend:
             completion_tokens=sum(len(done.token_ids) for done in completions),
             prompt_token_ids=tuple(prompt),
         )
+
+    def _prompt(self, request: ChatRequest) -> list[int]:
+        from agentkd.engine.render import render_prompt
+
+        try:
+            return render_prompt(
+                self.words,
+                request.plain_messages(),
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+            )
+        except DataError as exc:
+            raise RequestError(str(exc), param="messages") from exc
+        except ConfigError as exc:
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise  # not the client's fault
+            said = f"The model's chat template refuses these messages: {exc}"
+            raise RequestError(said, param="messages", code="invalid_value") from exc
 
     def _choice(self, done: Completion, request: ChatRequest) -> ChatChoice:
         tokens = None
@@ -202,43 +237,19 @@ class StudentBackend:
         self.engine.close()
 
 
-class _Cancelled(ProviderError):
-    """Nobody waits for the answer."""
-
-
 class _Follower:
     """Turns the tokens of a request into pieces of text as they come."""
 
     def __init__(self, tokenizer: Any, request: ChatRequest, listener: Listener) -> None:
-        self.tokenizer, self.listener = tokenizer, listener
-        self.streams, self.stops = request.stream, request.stop
-        self.ids: list[list[int]] = [[] for _ in range(request.n)]
-        self.sent = [0] * request.n
+        self.listener, self.streams = listener, request.stream
+        self.pieces = [Pieces(tokenizer, request.stop) for _ in range(request.n)]
 
     def add(self, index: int, token: int) -> None:
         """Take one token; called by the engine."""
         if self.listener.cancelled():
-            raise _Cancelled("The client is gone.")
-        if not self.streams:
-            return
-        self.ids[index].append(token)
-        text: str = self.tokenizer.decode(
-            self.ids[index], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        safe = len(text) - _held_back(text, self.stops)
-        if safe > self.sent[index]:
-            self.listener.text(index, text[self.sent[index] : safe])
-            self.sent[index] = safe
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """How many last characters may still change or turn out to be part of a stop string."""
-    for stop in stops:
-        if (at := text.find(stop)) >= 0:
-            return len(text) - at
-    begun = [size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
-    broken = len(text) - len(text.rstrip("\ufffd"))
-    return max([broken, *begun])
+            raise ProviderError("The client is gone.")
+        if self.streams and (piece := self.pieces[index].add(token)):
+            self.listener.text(index, piece)
 
 
 class ExpertBackend:
@@ -328,6 +339,8 @@ def status_of(exc: Exception) -> RequestError:
         return RequestError(str(exc), param="messages", code="context_length_exceeded")
     if isinstance(exc, DataError):
         return RequestError(str(exc), param="messages")
+    if isinstance(exc, EngineRefusal):
+        return RequestError(str(exc), code="invalid_value")
     if isinstance(exc, ProviderError):
         return RequestError(str(exc), status=503, code="unavailable")
     if isinstance(exc, SandboxError):

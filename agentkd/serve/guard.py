@@ -29,7 +29,7 @@ from agentkd.serve.tokens import Tokens
 if TYPE_CHECKING:
     from agentkd.serve.backend import ChatBackend
 
-__all__ = ["CHAT", "Gone", "Guard", "GuardConfig", "GuardMiddleware"]
+__all__ = ["CHAT", "CLIENT_GONE", "Gone", "Guard", "GuardConfig", "GuardMiddleware"]
 
 CHAT = "/v1/chat/completions"
 CLIENT_GONE = 499
@@ -92,12 +92,12 @@ class Guard:
         self.config, self.tokens = config, tokens
         self.line = Line(config.max_running, config.max_waiting, config.queue_seconds)
         self.rates = Rates(config.requests_per_minute, config.tokens_per_minute)
-        self.metrics = Metrics(backends, self.line)
         self.draining = False
         self._engines = [engine for it in backends if (engine := getattr(it, "engine", None)) is not None]
         self._log = None
         if config.access_log is not None:
             self._log = AccessLog(config.access_log, contents=config.log_contents)
+        self.metrics = Metrics(backends, self.line, self._log)
 
     @property
     def problem(self) -> str | None:
@@ -204,8 +204,8 @@ class GuardMiddleware:
         scope[_FIRST] = turn
         try:
             await self.app(scope, _replay(visit, receive), send)
-        finally:
-            guard.line.leave(time.perf_counter() - turn)
+        finally:  # a place is free when its work is over, not when its client is gone
+            guard.line.leave_when(visit.served.when_over, turn)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body.

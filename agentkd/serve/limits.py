@@ -40,11 +40,15 @@ class Line:
         places: requests worked on at a time.
         waiting: requests that may stand in line; more are refused at once.
         patience: seconds after which one that still stands in line is refused.
+
+    Attributes:
+        running: places that are taken.
+        lingering: those of them whose client is gone, and whose work has not ended yet.
     """
 
     def __init__(self, places: int, waiting: int, patience: float) -> None:
         self.places, self.most_waiting, self.patience = places, waiting, patience
-        self.running = 0
+        self.running = self.lingering = 0
         self._line: deque[asyncio.Future[None]] = deque()
         self._usual = 1.0
         """Seconds that a place was taken, a moving average."""
@@ -84,6 +88,23 @@ class Line:
         """Give back a place that was taken for some seconds."""
         self._usual += 0.1 * (seconds - self._usual)
         self._pass_on()
+
+    def leave_when(self, over: Callable[[Callable[[], None]], bool], began: float) -> None:
+        """Give back a place when its work is over.
+
+        Args:
+            over: calls what it is given when that is so, and returns whether it is still to come.
+            began: ``time.perf_counter()`` when the place was taken.
+        """
+        late = False
+
+        def leave() -> None:
+            self.lingering -= late
+            self.leave(time.perf_counter() - began)
+
+        if over(leave):
+            late = True
+            self.lingering += 1
 
     def _pass_on(self) -> None:
         while self._line:

@@ -18,8 +18,10 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 if TYPE_CHECKING:
+    from agentkd.serve.access import AccessLog
     from agentkd.serve.backend import ChatBackend
     from agentkd.serve.limits import Line
+    from agentkd.serve.runs import RunLog
     from agentkd.serve.served import Served
 
 __all__ = ["METRICS_TYPE", "NO_MODEL", "Metrics"]
@@ -36,13 +38,14 @@ class Metrics:
     Args:
         backends: whose engines may know of a prefix cache.
         line: shown as gauges.
+        log: whose lost lines are counted, or None.
     """
 
-    def __init__(self, backends: Sequence[ChatBackend], line: Line) -> None:
+    def __init__(self, backends: Sequence[ChatBackend], line: Line, log: AccessLog | None = None) -> None:
         own = self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=own)
-        own.register(_State(backends, line))
+        own.register(_State(backends, line, log))
         self._tools = {tool.name for it in backends for tool in getattr(it, "tools", ())} | {"final_answer"}
 
         def counter(name: str, words: str, *labels: str) -> Counter:
@@ -92,38 +95,40 @@ class Metrics:
 class _State:
     """What is read off when somebody looks, rather than counted."""
 
-    def __init__(self, backends: Sequence[ChatBackend], line: Line) -> None:
-        self.line = line
+    def __init__(self, backends: Sequence[ChatBackend], line: Line, log: AccessLog | None) -> None:
+        self.line, self.log = line, log
         self.engines: dict[str, Any] = {}
+        self.runs: set[RunLog] = {runs for it in backends if (runs := getattr(it, "runs", None)) is not None}
+        known: set[int] = set()
         for backend in backends:
             engine = getattr(backend, "engine", None)
-            if engine is not None and engine not in self.engines.values():
+            source = getattr(engine, "child", engine)  # one server may serve several students
+            if source is not None and id(source) not in known:
+                known.add(id(source))
                 self.engines[backend.model_id] = engine
 
     def collect(self) -> Iterator[Any]:
         """See prometheus_client's ``Collector``."""
         yield GaugeMetricFamily("agentkd_running", "Requests being worked on.", value=self.line.running)
+        yield GaugeMetricFamily(
+            "agentkd_lingering", "Those whose client is gone, not ended yet.", value=self.line.lingering
+        )
         yield GaugeMetricFamily("agentkd_waiting", "Requests in the queue.", value=self.line.waiting)
         yield from self._prefix_cache()
-        restarts = CounterMetricFamily(
-            "agentkd_engine_restarts", "Starts of an engine that had crashed.", labels=["model"]
-        )
+        restarts = _by_model("agentkd_engine_restarts", "Starts of an engine that had crashed.")
         for model, engine in self.engines.items():
             if hasattr(engine, "child"):
                 restarts.add_metric([model], engine.child.restarts)
         yield restarts
+        yield from self._kept()
 
     def describe(self) -> Iterable[Any]:
         """Nothing: the names are those that ``collect`` gives."""
         return ()
 
     def _prefix_cache(self) -> Iterator[Any]:
-        asked = CounterMetricFamily(
-            "agentkd_prefix_cache_queried_tokens", "Prompt tokens looked up in the cache.", labels=["model"]
-        )
-        found = CounterMetricFamily(
-            "agentkd_prefix_cache_hit_tokens", "Prompt tokens found there.", labels=["model"]
-        )
+        asked = _by_model("agentkd_prefix_cache_queried_tokens", "Prompt tokens looked up in the cache.")
+        found = _by_model("agentkd_prefix_cache_hit_tokens", "Prompt tokens found there.")
         for model, engine in self.engines.items():
             cache = getattr(engine, "prefix_cache", None)
             if cache is not None:
@@ -131,3 +136,18 @@ class _State:
                 found.add_metric([model], cache.hit_tokens)
         yield asked
         yield found
+
+    def _kept(self) -> Iterator[Any]:
+        """What was written down, and what could not be."""
+        if self.log is not None:
+            yield CounterMetricFamily(
+                "agentkd_access_log_lost_lines", "Lines that the disk did not take.", value=self.log.lost
+            )
+        if self.runs:
+            saved, lost = (sum(getattr(it, name) for it in self.runs) for name in ("saved", "lost"))
+            yield CounterMetricFamily("agentkd_runs_saved", "Rollouts kept in the run folder.", value=saved)
+            yield CounterMetricFamily("agentkd_runs_lost", "Rollouts that the disk did not take.", value=lost)
+
+
+def _by_model(name: str, words: str) -> CounterMetricFamily:
+    return CounterMetricFamily(name, words, labels=["model"])

@@ -42,5 +42,5 @@ def add_probes(app: FastAPI, guard: Guard) -> None:
         return Readiness()
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics() -> Response:
+    def metrics() -> Response:  # on a thread of its own: a vLLM is asked for its counts
         return Response(guard.metrics.text(), media_type=METRICS_TYPE)

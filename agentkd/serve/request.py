@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 
+from agentkd.errors import ProviderError
 from agentkd.trajectory import valid_text
 
-__all__ = ["AgentOptions", "ChatRequest", "RequestError", "parse_request"]
+__all__ = ["AgentOptions", "ChatRequest", "EngineRefusal", "RequestError", "parse_request"]
 
 MAX_CHOICES = 128
+_HARMLESS = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+"""OpenAI's fields that change nothing of what is generated: they are dropped."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -23,26 +39,31 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
+    "length_penalty": (1,),
     "top_k": (0, -1),
     "min_p": (0,),
     "best_of": (1,),
     "echo": (False,),
     "use_beam_search": (False,),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
     "min_tokens": (0,),
     "ignore_eos": (False,),
     "stop_token_ids": ([],),
+    "bad_words": ([],),
     "logits_processors": ([],),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "include_reasoning": (True,),
+    "add_special_tokens": (False,),
 }
 """Fields that change what is generated and are not supported, with the values that ask for nothing."""
+_OF_MESSAGES = {"name", "reasoning", "reasoning_content"}
+"""Fields of a message that chat templates do not show: clients send back what they got."""
+_EMPTY_IN_MESSAGES = {"annotations", "audio", "function_call", "refusal", "tool_calls"}
+"""Those that must hold nothing: dropping what they hold would change the conversation."""
 
 
 class RequestError(Exception):
@@ -67,6 +88,10 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+class EngineRefusal(ProviderError):
+    """The engine does not take what a client asks for; the client's business, not the server's."""
+
+
 class _Part(BaseModel):
     type: Literal["text"]
     text: str
@@ -78,6 +103,8 @@ _CONTENT_SCHEMA = {
 
 
 class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, WithJsonSchema(_CONTENT_SCHEMA, mode="validation")]
 
@@ -99,7 +126,11 @@ _STOP_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type"
 
 
 class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     include_usage: bool = False
+    include_obfuscation: bool = False
+    """OpenAI's padding against listeners; there is none here."""
 
 
 class AgentOptions(BaseModel):
@@ -126,9 +157,9 @@ class AgentOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A valid request. Frozen; unknown fields that change nothing ("user", "metadata") are dropped."""
+    """A valid request. Frozen; made from a body by :func:`parse_request`."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     messages: list[_Message] = Field(min_length=1)
@@ -157,7 +188,8 @@ class ChatRequest(BaseModel):
     @field_validator("stop", mode="before")
     @classmethod
     def _one_stop(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        several = [value] if isinstance(value, str) else value
+        return [it for it in several if it != ""] if isinstance(several, list) else several
 
     @property
     def limit(self) -> int | None:
@@ -181,12 +213,9 @@ def parse_request(body: bytes) -> ChatRequest:
         raise RequestError(f"The body is not valid JSON: {exc}") from exc
     if not isinstance(data, dict):
         raise RequestError("The body must be a JSON object.")
-    given = {name: value for name, value in data.items() if value is not None}
-    for name, neutral in _NEUTRAL.items():
-        if name in given and not any(_same(given[name], it) for it in neutral):
-            raise RequestError(
-                f"{name!r} is not supported by this server.", param=name, code="unsupported_parameter"
-            )
+    given = _supported(data)
+    if isinstance(given.get("messages"), list):
+        given["messages"] = [_plain_turn(place, turn) for place, turn in enumerate(given["messages"])]
     try:
         request = ChatRequest.model_validate(given)
     except ValidationError as exc:
@@ -196,6 +225,48 @@ def parse_request(body: bytes) -> ChatRequest:
     if request.continue_final_message:
         _check_continuation(request)
     return request
+
+
+def _supported(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields that count.
+
+    Raises:
+        RequestError: one that would change what is generated, and does not here; or one nobody knows.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in data.items():
+        if value is None or name in _HARMLESS:
+            continue
+        if name in ChatRequest.model_fields:
+            kept[name] = value
+        elif not any(_same(value, it) for it in _NEUTRAL.get(name, ())):
+            raise _unsupported(name)
+    return kept
+
+
+def _plain_turn(place: int, turn: Any) -> Any:
+    """A message without the fields that say nothing.
+
+    Raises:
+        RequestError: it has one that says something which no template here can show.
+    """
+    if not isinstance(turn, dict):
+        return turn
+    kept: dict[str, Any] = {}
+    for name, value in turn.items():
+        if name in _Message.model_fields:
+            kept[name] = value
+        elif not (value is None or name in _OF_MESSAGES or (name in _EMPTY_IN_MESSAGES and not value)):
+            said = f"A message with {name[:64]!r} is not supported by this server."
+            raise RequestError(said, param=f"messages.{place}.{name[:64]}", code="unsupported_parameter")
+    return kept
+
+
+def _unsupported(name: str) -> RequestError:
+    said, known = f"{name[:64]!r} is not supported by this server.", (*ChatRequest.model_fields, *_HARMLESS)
+    if name not in _NEUTRAL and (near := difflib.get_close_matches(name[:64], known, n=1)):
+        said += f" Is {near[0]!r} meant?"
+    return RequestError(said, param=name[:64], code="unsupported_parameter")
 
 
 def _check_continuation(request: ChatRequest) -> None:

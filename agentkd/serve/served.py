@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from agentkd.errors import SandboxError
@@ -38,6 +39,26 @@ class Served:
         self.sandbox_failed = False
         self.error: str | None = None
         """OpenAI's short name of the error, or its class."""
+        self._working = False
+        self._then: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """A thread works on it from here on. This and the next two are called on the event loop."""
+        self._working = True
+
+    def end(self) -> None:
+        """The thread has ended."""
+        self._working = False
+        if self._then is not None:
+            self._then()
+
+    def when_over(self, act: Callable[[], None]) -> bool:
+        """Call ``act`` as soon as no thread works on it; returns whether that is still to come."""
+        if self._working:
+            self._then = act
+        else:
+            act()
+        return self._working
 
     def accept(self, request: ChatRequest) -> None:
         """The request is valid and its model is here."""

@@ -21,7 +21,7 @@ from agentkd.router import parse_router
 from agentkd.sampler import SamplerConfig
 from agentkd.sandbox import DEFAULT_BACKEND, open_sandbox
 from agentkd.serve.agent import AgentBackend
-from agentkd.serve.backend import ChatBackend, StudentBackend
+from agentkd.serve.backend import AGENT_SUFFIX, ChatBackend, StudentBackend, refuse_twins
 from agentkd.serve.choice import EngineChoice, choose_engine
 from agentkd.serve.runs import RunLog
 from agentkd.system import student_config
@@ -85,15 +85,15 @@ def open_students(
         ProviderError: vLLM did not start.
     """
     students = [load_student(folder) for folder in folders]
-    names = [student.path.resolve().name for student in students]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"Two students are called {twice}.", "Rename one of the folders.")
     agents = [student for student in students if student.kind == "agent"]
+    names = [student.path.resolve().name for student in students]
+    refuse_twins([*names, *(student.path.resolve().name + AGENT_SUFFIX for student in agents)])
     if agents:
         open_sandbox(config.sandbox)  # raises what is missing before the models are loaded
     for student in students:
         check_files(student)
+        if config.probe:
+            _require_record(student)
     choice = choose_engine(config.engine, config.vllm_python)
     say(choice.reason)
     with _terminated_in_order(), ExitStack() as stack:
@@ -111,8 +111,20 @@ def open_students(
                 tools = search_tools(retriever, settings)
                 if student.tools and not tools:
                     say(f"{settings.model} learnt to search, and there is nothing to search: pass --corpus.")
-                backends.append(AgentBackend(engine, tokenizer, settings, tools, runs=runs))
+                agent = AgentBackend(engine, tokenizer, settings, tools, runs=runs)
+                stack.callback(agent.close)
+                agent.sessions.prepare()
+                backends.append(agent)
         yield backends
+
+
+def _require_record(student: Student) -> None:
+    """Refuse a folder that does not say what the student answered when it was finished."""
+    if not (student.path / "parity.json").is_file():
+        raise ConfigError(
+            f"{student.path} has no parity.json, so nobody can tell whether it has drifted.",
+            "Bring the file back, or distil again; --no-probe serves it all the same.",
+        )
 
 
 @contextmanager
@@ -177,7 +189,7 @@ def _checked(student: Student, engine: Engine, config: ServeConfig, say: Callabl
         return tokenizer
     probed = probe_student(student, tokenizer, engine)
     if not probed.steps:
-        say(f"{name}: nothing to probe (parity.json holds no replays).")
+        say(f"{name}: NOT PROBED, whatever has drifted is not noticed: its parity.json holds no replays.")
     else:
         apart = "" if probed.difference is None else f", {probed.difference:.3f} nats apart"
         say(f"{name}: probed, {probed.steps} steps and {probed.tokens} tokens as after training{apart}.")
@@ -191,5 +203,5 @@ def _agent_config(student: Student, config: ServeConfig) -> AgentConfig:
         sampler = (settings.sampler or SamplerConfig()).model_copy(update={"n": config.actions})
         changes["sampler"] = sampler if config.actions > 1 else None
     if config.router is not None:
-        changes["router"] = parse_router(config.router)
+        changes["router"] = parse_router(config.router, saved=settings.router)
     return settings.model_copy(update=changes)

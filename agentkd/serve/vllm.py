@@ -10,27 +10,37 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import httpx
-
-from agentkd.engine import Completion, Engine
+from agentkd.engine import GREEDY_BELOW, Cancellation, Completion, Engine
 from agentkd.engine.student import Student
 from agentkd.errors import ConfigError, ContextOverflowError, ProviderError
 from agentkd.record import read_json
 from agentkd.serve.child import Child
+from agentkd.serve.request import EngineRefusal
+from agentkd.serve.wire import Wire, lines
 
-__all__ = ["RANKS", "VLLMEngine", "start_vllm", "vllm_command"]
+__all__ = ["RANKS", "CacheCounts", "VLLMEngine", "start_vllm", "vllm_command"]
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM can be started with."""
 _PATIENCE = 120.0
 """Seconds without a single token after which a request is given up."""
+_ASIDE_SECONDS = 5.0
+"""For what is asked beside the answers: the list of models, the metrics."""
 _CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+
+
+class CacheCounts(NamedTuple):
+    """What a vLLM server has looked up in its prefix cache since it started; tokens."""
+
+    queried_tokens: int
+    hit_tokens: int
 
 
 class VLLMEngine:
@@ -43,15 +53,11 @@ class VLLMEngine:
 
     def __init__(self, child: Child, model: str) -> None:
         self.child, self.model = child, model
-        self._client = httpx.Client(
-            trust_env=False,
-            timeout=httpx.Timeout(_PATIENCE, connect=5.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-        )
+        self._wire = Wire(_PATIENCE)
         self.context = self._context()
 
     def _context(self) -> int:
-        listed = self._client.get(self.child.require() + "/v1/models").json()["data"]
+        listed = json.loads(self._get("/v1/models"))["data"]
         found = [it.get("max_model_len") for it in listed if it["id"] == self.model]
         if not found:
             raise ConfigError(
@@ -59,6 +65,23 @@ class VLLMEngine:
             )
         longest = next((it["max_model_len"] for it in listed if it.get("max_model_len")), None)
         return int(found[0] or longest or 2**31)
+
+    def _get(self, path: str) -> bytes:
+        with (
+            self._answering(),
+            self._wire.call(self.child.require() + path, patience=_ASIDE_SECONDS) as answer,
+        ):
+            return answer.read()
+
+    @property
+    def prefix_cache(self) -> CacheCounts | None:
+        """As the server counts now, for all its models; None where it does not say."""
+        try:
+            text = self._get("/metrics").decode("utf-8", "replace")
+        except ProviderError:
+            return None
+        queried, hits = (_counted(text, f"vllm:prefix_cache_{what}_total") for what in ("queries", "hits"))
+        return None if queried is None or hits is None else CacheCounts(queried, hits)
 
     def generate(
         self,
@@ -71,10 +94,12 @@ class VLLMEngine:
         seed: int | None = None,
         stop: Sequence[str] = (),
         on_token: Callable[[int, int], None] | None = None,
+        cancellation: Cancellation | None = None,
     ) -> list[Completion]:
         """See :meth:`agentkd.engine.Engine.generate`.
 
         Raises:
+            EngineRefusal: vLLM does not take such a request.
             ProviderError: the server is down, or answered with an error.
         """
         if len(prompt_ids) >= self.context:
@@ -82,22 +107,23 @@ class VLLMEngine:
                 f"The prompt has {len(prompt_ids)} tokens; the model's context holds {self.context}.",
                 "Shorten the conversation.",
             )
-        several = 1 if temperature == 0 else n  # vLLM refuses equal greedy answers
+        greedy = temperature < GREEDY_BELOW
+        several = 1 if greedy else n  # vLLM refuses equal greedy answers
         body = {
             "model": self.model,
             "prompt": [int(token) for token in prompt_ids],
             "n": several,
             "max_tokens": min(max_new_tokens, self.context - len(prompt_ids)),
-            "temperature": temperature,
+            "temperature": 0.0 if greedy else temperature,
             "top_p": top_p or 1e-6,  # vLLM refuses 0, by which the likeliest token is meant
             "seed": None if seed is None else seed % 2**63,
-            "stop": list(stop),
+            "stop": [text for text in stop if text],
             "logprobs": 1,
             "return_token_ids": True,
             "stream": True,
         }
         answers = [_Answer() for _ in range(several)]
-        with closing(self._stream(body)) as chunks:
+        with closing(self._stream(body, cancellation)) as chunks:
             for choice in (choice for chunk in chunks for choice in chunk["choices"]):
                 index = choice["index"]
                 for token in answers[index].add(choice):
@@ -107,32 +133,33 @@ class VLLMEngine:
         done = [answer.completion() for answer in answers]
         return done if several == n else done * n
 
-    def _stream(self, body: dict[str, Any]) -> Generator[dict[str, Any]]:
+    def _stream(self, body: dict[str, Any], cancellation: Cancellation | None) -> Generator[dict[str, Any]]:
         """The events of one request; leaving it early hangs up, and vLLM drops the request."""
         url = self.child.require() + "/v1/completions"
+        with self._answering(), self._wire.call(url, body, cancellation=cancellation) as answer:
+            if answer.status != 200:
+                raise _refusal(answer.status, answer.read())
+            for line in lines(answer, b"data: [DONE]"):
+                if not line.startswith(b"data: "):
+                    continue
+                chunk = json.loads(line.removeprefix(b"data: "))
+                if "error" in chunk:
+                    raise ProviderError(f"vLLM failed: {_words(chunk)}")
+                yield chunk
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Name what can happen to a connection."""
         try:
-            with self._client.stream("POST", url, json=body) as answer:
-                if answer.status_code != 200:
-                    answer.read()
-                    raise _refusal(answer)
-                for line in answer.iter_lines():
-                    if not line.startswith("data: "):
-                        continue
-                    if line == "data: [DONE]":
-                        return
-                    chunk = json.loads(line.removeprefix("data: "))
-                    if "error" in chunk:
-                        raise ProviderError(f"vLLM failed: {_words(chunk)}")
-                    yield chunk
-        except (httpx.HTTPError, ValueError) as exc:
+            yield
+        except (OSError, HTTPException, ValueError) as exc:
             raise ProviderError(
                 f"{self.child.name} broke off ({type(exc).__name__}).", "Try again in some seconds."
             ) from exc
-        raise ProviderError(f"{self.child.name} broke off.", "Try again in some seconds.")
 
     def close(self) -> None:
         """Close the connections; the server belongs to who started it."""
-        self._client.close()
+        self._wire.close()
 
 
 class _Answer:
@@ -172,14 +199,24 @@ def _words(body: dict[str, Any]) -> str:
     return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
 
 
-def _refusal(answer: httpx.Response) -> ProviderError:
+def _refusal(status: int, content: bytes) -> ProviderError:
     try:
-        words = _words(answer.json())
+        words = _words(json.loads(content))
     except (ValueError, AttributeError):
-        words = answer.text[:300]
-    if answer.status_code == 400 and "context length" in words:
+        words = content.decode("utf-8", "replace")[:300]
+    if status == 400 and "context length" in words:
         return ContextOverflowError("The conversation no longer fits the model's context.")
-    return ProviderError(f"vLLM answered with status {answer.status_code}: {words}")
+    if status in (400, 422):
+        return EngineRefusal(f"vLLM does not take this request: {words}")
+    return ProviderError(f"vLLM answered with status {status}: {words}")
+
+
+def _counted(text: str, name: str) -> int | None:
+    """The sum of a counter over its labels, on a page for Prometheus; None where it is not there."""
+    values = [
+        line.rpartition(" ")[2] for line in text.splitlines() if line.startswith((name + "{", name + " "))
+    ]
+    return int(sum(map(float, values))) if values else None
 
 
 def vllm_command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from agentkd.errors import ConfigError, DataError, first_problem
+from agentkd.plugin import make_plugin
 from agentkd.record import file_hash, read_json, read_trajectories, write_jsonl, write_manifest
 from agentkd.trajectory import Trajectory
 from agentkd.transform.means import Answers, Means, Transform
@@ -56,13 +56,7 @@ def make_transform(name: str, settings: Mapping[str, Any] | None = None) -> Tran
         ConfigError: no such transform, or a wrong setting (named).
     """
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            made: Transform = getattr(importlib.import_module(module), attribute)(dict(settings or {}))
-        except (ImportError, AttributeError, TypeError) as exc:
-            raise ConfigError(
-                f"The transform {name} cannot be loaded: {exc}.", "Write it as module:name."
-            ) from exc
+        made: Transform = make_plugin(name, dict(settings or {}), "transform")
         return made
     if name not in TRANSFORMS:
         raise ConfigError(f"There is no transform {name!r}.", f"Choose one of {', '.join(TRANSFORMS)}.")

@@ -53,6 +53,7 @@ function candidates(given) {
     return el("details", item.chosen ? "candidate chosen" : "candidate",
       el("summary", "", el("span", "number", `${at + 1}`), meter, el("span", "count", `${item.votes ?? 0} vote${item.votes === 1 ? "" : "s"}`),
         item.chosen ? badge("chosen", "good") : item.failure ? badge("out", "bad") : null,
+        list(item.repairs).length ? badge(`mended: ${list(item.repairs).join(", ")}`, "warn") : null,
         el("code", "outcome", String(outcome).slice(0, 160)),
         typeof item.mean_logprob === "number" ? el("span", "muted", ` log-prob. ${item.mean_logprob.toFixed(2)}`) : null),
       item.code ? codeBlock(item.code) : longText(item.raw, "plain"));

@@ -7,7 +7,7 @@ distill() {
     shift
     # shellcheck disable=SC2086  # TRAIN_FOR is an option and its value
     agentkd distill "$OUT/$what/kept/kept.jsonl" --base "$BASE" --rank "$LORA_RANK" --lr "$LR" --batch-size "$BATCH" \
-        $TRAIN_FOR --out "$STUDENTS/$what" "$@"
+        --set "lora_dropout=$LORA_DROPOUT" $TRAIN_FOR --out "$STUDENTS/$what" "$@"
 }
 distill agent --max-length "$AGENT_LENGTH"
 distill agent-ftp --max-length "$AGENT_LENGTH"

@@ -7,7 +7,7 @@ set -eu
 : "${API_BASE:=http://127.0.0.1:8001/v1}"  # the teacher's endpoint, see README.md
 : "${BASE:=Qwen/Qwen2.5-1.5B-Instruct}"    # of the student: 0.5B, 1.5B, 3B or 7B
 : "${CORPUS:=http://127.0.0.1:8100}"       # a retriever over wiki-18; or passages.jsonl, or an index
-: "${TRAIN_TASKS:=tasks.jsonl}"            # 1,000 HotpotQA, 1,000 MATH of levels 2-3, 1,000 of levels 4-5
+: "${TRAIN_TASKS:=tasks.jsonl}"            # written by 0-tasks.sh; or a file of yours
 : "${TRAIN_SPLIT:=all}"
 : "${TRAIN_N:=3000}"
 : "${TEST_SETS:=set:hotpotqa set:musique set:2wiki set:bamboogle set:math_500 set:gsm_hard set:aime set:olymmath}"
@@ -17,8 +17,9 @@ set -eu
 : "${WORKERS:=64}"
 : "${K:=3}"                                # passages before the question of CoT + retrieval
 
-# LoRA on all linear layers: r 64, alpha 128 (twice the rank), lr 2e-4, 2 epochs, batch 8.
+# LoRA on all linear layers: r 64, alpha 128 (twice the rank), dropout 0.05, lr 2e-4, 2 epochs, batch 8.
 : "${LORA_RANK:=64}"
+: "${LORA_DROPOUT:=0.05}"
 : "${LR:=2e-4}"
 : "${BATCH:=8}"
 : "${TRAIN_FOR:=--epochs 2}"               # or: --steps N

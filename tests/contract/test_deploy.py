@@ -49,13 +49,24 @@ def options(arguments: list[str]) -> dict[str, Any]:
         return dict(context.params)
 
 
-KINDS = ["Deployment", "Service", "PersistentVolumeClaim", "PodDisruptionBudget", "NetworkPolicy"]
+MANIFESTS = [
+    ("Deployment", "agentkd"),
+    ("Service", "agentkd"),
+    ("PersistentVolumeClaim", "agentkd-student"),
+    ("PersistentVolumeClaim", "agentkd-models"),
+    ("PodDisruptionBudget", "agentkd"),
+    ("NetworkPolicy", "agentkd"),
+]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_manifests_are_valid(kind: str) -> None:
+def test_no_manifest_is_left_out() -> None:
+    assert [(it["kind"], it["metadata"]["name"]) for it in manifests()] == MANIFESTS
+
+
+@pytest.mark.parametrize(("kind", "name"), MANIFESTS)
+def test_the_manifests_are_valid(kind: str, name: str) -> None:
     validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    (manifest,) = [it for it in manifests() if it["kind"] == kind]
+    (manifest,) = [it for it in manifests() if (it["kind"], it["metadata"]["name"]) == (kind, name)]
     for version in ("1.29", validator.latest_version()):
         validator.validate(manifest, version, strict=True)
     spoilt = {**manifest, "spec": {**manifest["spec"], "replicaz": 3}}
@@ -105,3 +116,16 @@ def test_replicas_stand_behind_one_service() -> None:
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container())
     volumes = {it["name"] for it in deployment()["spec"]["template"]["spec"]["volumes"]}
     assert {it["name"] for it in container()["volumeMounts"]} == volumes
+
+
+def test_the_base_model_is_there_where_nothing_can_be_fetched() -> None:
+    (policy,) = [it for it in manifests() if it["kind"] == "NetworkPolicy"]
+    assert "Egress" in policy["spec"]["policyTypes"] and not policy["spec"].get("egress"), "nothing goes out"
+    home = re.search(r"HF_HOME=(\S+)", (DEPLOY / "Dockerfile").read_text(encoding="utf-8"))
+    assert home is not None
+    (mount,) = [it for it in container()["volumeMounts"] if it["mountPath"] == home[1]]
+    (volume,) = [
+        it for it in deployment()["spec"]["template"]["spec"]["volumes"] if it["name"] == mount["name"]
+    ]
+    assert volume["persistentVolumeClaim"]["claimName"] in {name for _, name in MANIFESTS}
+    assert {"name": "HF_HUB_OFFLINE", "value": "1"} in container()["env"]

@@ -12,14 +12,14 @@ import agentkd
 ROOT = Path(agentkd.__file__).parent
 
 FLOORS = {
-    **dict.fromkeys(["errors", "task", "trajectory", "record", "calls", "secret"], 0),
+    **dict.fromkeys(["errors", "task", "trajectory", "record", "calls", "secret", "plugin"], 0),
     **dict.fromkeys(["model", "endpoint", "engine", "tool", "sandbox", "retrieval", "taskset", "shard"], 1),
     **dict.fromkeys(["gate", "spend", "telemetry"], 1),
     **dict.fromkeys(
         ["prompt", "action", "draw", "agent", "agent_config", "sampler", "vote", "scorer", "rollout"], 2
     ),
     **dict.fromkeys(["tool_use", "router", "test_time"], 2),
-    **dict.fromkeys(["recorder", "recorded", "rollouts", "crew", "processes"], 2),
+    **dict.fromkeys(["recorder", "recorded", "rollouts", "running", "crew", "processes"], 2),
     **dict.fromkeys(["first_thought", "expert", "system"], 2),
     **dict.fromkeys(
         ["collect", "filter", "adapt", "distill", "serve", "evaluate", "report", "exchange", "merge"], 3

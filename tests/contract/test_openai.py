@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -142,6 +143,31 @@ def test_the_agent_answers_and_says_how(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == sum(len(step.output_token_ids or ()) for step in record.steps)
 
 
+def test_a_stream_carries_ids_and_logprobs(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"logprobs": True, "max_tokens": 12, "extra_body": {"return_token_ids": True}}
+    ask(client, "taught", **options)  # a prompt from the cache is rounded otherwise than a fresh one
+    whole = ask(client, "taught", **options)
+    with ask(client, "taught", stream=True, **options) as stream:
+        chunks = [chunk for chunk in stream if chunk.choices and chunk.choices[0].finish_reason]
+    (last,) = chunks
+    assert last.choices[0].token_ids == whole.choices[0].token_ids
+    assert last.prompt_token_ids == whole.prompt_token_ids
+    streamed, known = (it.logprobs.content for it in (last.choices[0], whole.choices[0]))
+    assert [it.token for it in streamed] == [it.token for it in known]
+    assert [it.logprob for it in streamed] == pytest.approx([it.logprob for it in known], abs=0.02)
+
+
+def test_a_stream_carries_the_trajectory(client: openai.OpenAI) -> None:
+    extra = {"agentkd": {"return_trajectory": True}}
+    with ask(client, "taught-agent", stream=True, extra_body=extra) as stream:
+        found = [chunk.agentkd for chunk in stream if getattr(chunk, "agentkd", None)]
+    (facts,) = found
+    record = Trajectory.model_validate(facts["trajectory"])
+    assert (record.answer, record.stop_reason.value) == ("42", "final_answer")
+    assert [step.code for step in record.steps] == ["print(6 * 7)", "final_answer(42)"]
+    assert all(step.output_token_ids and step.logprobs for step in record.steps)
+
+
 def test_the_agents_steps_come_as_events(client: openai.OpenAI) -> None:
     with ask(client, "taught-agent", stream=True) as stream:
         events = [chunk.agentkd_step for chunk in stream if hasattr(chunk, "agentkd_step")]
@@ -249,6 +275,21 @@ def test_megabytes_are_refused_at_once(client: openai.OpenAI, model: str) -> Non
         ask(client, model, messages=[{"role": "user", "content": "two " * 750_000}])
     assert caught.value.status_code in (400, 413)
     assert time.process_time() - began < 1.5, "nothing was tokenised"
+
+
+def test_what_the_prefix_cache_found_is_counted(client: openai.OpenAI, url: str) -> None:
+    def hits() -> float:
+        page = httpx.get(url.removesuffix("/v1") + "/metrics", timeout=30).text.splitlines()
+        counts = [line for line in page if line.startswith("agentkd_prefix_cache_hit_tokens_total{")]
+        return sum(float(line.rpartition(" ")[2]) for line in counts)
+
+    messages = [{"role": "user", "content": "two " * 500}]
+    ask(client, "taught", messages=messages, max_tokens=1)
+    before, deadline = hits(), time.monotonic() + 20
+    ask(client, "taught", messages=messages, max_tokens=1)
+    while hits() < before + 100 and time.monotonic() < deadline:
+        time.sleep(0.1)  # vLLM counts a moment later
+    assert hits() >= before + 100
 
 
 def test_an_unknown_model(client: openai.OpenAI) -> None:

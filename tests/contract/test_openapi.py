@@ -10,20 +10,37 @@ import httpx
 import pytest
 
 pytest.importorskip("fastapi")
+pytest.importorskip("torch")
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed (group dev)")
 hypothesis = pytest.importorskip("hypothesis")
 
 from agentkd.serve import Server, create_app  # noqa: E402
-from tests.serving import Talker  # noqa: E402
+from tests.conftest import action  # noqa: E402
+from tests.integration.test_serve import tiny_model, tiny_tokenizer  # noqa: E402
+from tests.serving import Talker, scripted_agent  # noqa: E402
 
 EXAMPLES = 40
 """Requests made up for each operation."""
 
 
+MODELS = ("talker", "tiny", "script-agent")
+"""What repeats its words, a real student, and an agent with its sandbox."""
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(create_app([Talker()])) as server:
+    from agentkd.engine.torch_engine import TorchEngine
+    from agentkd.serve import StudentBackend
+
+    words = tiny_tokenizer()
+    engine = TorchEngine(tiny_model(len(words)), words, threads=1)
+    script = [[action("I print", "print(1)")], [action("I answer", "final_answer('done')")]]
+    agent = scripted_agent(script, words, sandbox="local")
+    backends: list[Any] = [Talker(), StudentBackend(engine, words, "tiny"), agent]
+    with Server(create_app(backends)) as server:
         yield server
+    agent.close()
+    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +85,20 @@ def test_no_made_up_request_is_answered_by_a_five_hundred(
 ) -> None:
     operation = schema[path][method]
     statuses: list[int] = []
+    answered: set[str] = set()
 
     def call(case: Any) -> None:
-        if isinstance(case.body, dict) and len(statuses) % 4:
-            case.body["model"] = "talker"  # a name that is made up is never that of a model
+        if isinstance(case.body, dict) and (turn := len(statuses) % 4):
+            case.body["model"] = MODELS[turn - 1]  # a name that is made up is never that of a model
+            case.body["max_tokens"] = 8
+            if turn == 3 and len(statuses) % 8 == 3 and mode == "positive":  # what an agent always takes
+                for name in ("n", "logprobs", "return_token_ids", "continue_final_message", "agentkd"):
+                    case.body.pop(name, None)
+                case.body["messages"] = [{"role": "user", "content": "go"}]
         response = case.call()
         statuses.append(response.status_code)
+        if response.status_code == 200 and isinstance(case.body, dict):
+            answered.add(case.body["model"])
         case.validate_response(response, checks=[schemathesis.checks.not_a_server_error, *_conformance()])
 
     settings = hypothesis.settings(
@@ -90,7 +115,7 @@ def test_no_made_up_request_is_answered_by_a_five_hundred(
     assert statuses
     if method == "POST":
         assert set(statuses) & {400, 404}
-        assert 200 in statuses or mode == "negative"
+        assert answered == set(MODELS) or mode == "negative"
 
 
 def _conformance() -> list[Any]:

@@ -127,6 +127,8 @@ def test_the_command_on_one_machine(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         figures = json.loads(done.stdout)
         assert (figures["trajectories"], figures["missing"], figures["problems"]) == (6, 0, [])
+        assert (figures["calls"], figures["faults"], figures["stopped"]) == (6, {}, [])
+        assert figures["usage"]["output_tokens"] > 0
         assert len(read_trajectories(tmp_path / "run" / "trajectories.jsonl")) == 6
         options += ["--shard", "1/2"]
         done = subprocess.run([*command, *options, *agent], capture_output=True, text=True, timeout=240)

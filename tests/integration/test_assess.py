@@ -120,3 +120,19 @@ def test_the_trajectories_say_how_they_were_sampled(
     read(evaluate(endpoint, tasks, tmp_path / "b"))
     assert {item.config["seed"] for item in read_trajectories(tmp_path / "a" / "trajectories.jsonl")} == {3}
     assert all("seed" not in item.config for item in read_trajectories(tmp_path / "b" / "trajectories.jsonl"))
+
+
+def test_what_counts_as_a_tool_is_a_setting_of_the_router(
+    endpoint: FakeEndpoint, tasks: Path, tmp_path: Path
+) -> None:
+    found = read(evaluate(endpoint, tasks, tmp_path / "out", "--router", "all", "--tools", "search"))
+    assert found["tools"] == "search"
+    for kind in ("never", "implicit", "forced", "agreement"):
+        runs = read_trajectories(tmp_path / "out" / kind / "trajectories.jsonl")
+        assert {run.config["router"]["tools"] for run in runs} == {"search"}
+    alone = evaluate(endpoint, tasks, tmp_path / "alone", "--tools", "search")
+    assert isinstance(alone.exception, ConfigError)
+    assert "Only a router" in alone.exception.message
+    unknown = evaluate(endpoint, tasks, tmp_path / "unknown", "--router", "never", "--tools", "hammer")
+    assert isinstance(unknown.exception, ConfigError)
+    assert "no kind of tool" in unknown.exception.message

@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
         initializer_range=0.2,  # embeddings and head stay frozen: they must be able to say something
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -340,7 +340,7 @@ def test_the_check_alone_asks_the_real_server(finished: Path) -> None:
     result = json.loads(done.stdout)
     assert result["passed"]
     assert result["served_by"] == "agentkd serve"
-    assert result["prompts_equal"] == 6
+    assert result["prompts_equal"] == result["compared"] == result["unchanged"] == 6
     assert read_json(finished / "parity-check.json") == result
 
 
@@ -349,7 +349,7 @@ def test_the_check_alone_asks_the_real_server(finished: Path) -> None:
     [
         ("template", "wrong template"),
         ("prompt", "different system prompt"),
-        ("base", "other weights"),
+        ("base", "Wrong base"),
     ],
 )
 def test_a_folder_that_would_be_served_otherwise_is_caught(

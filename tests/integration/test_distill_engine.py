@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from agentkd.distill import DistillConfig, distill
@@ -25,7 +26,7 @@ from agentkd.distill.memory import (
     told_what_to_lower,
 )
 from agentkd.distill.ranks import rank, world
-from agentkd.distill.release import merge_student, write_gguf
+from agentkd.distill.release import merge_student, push_student, write_gguf
 from agentkd.engine.student import load_student
 from agentkd.errors import ConfigError, TrainingError
 from agentkd.record import read_json
@@ -75,6 +76,20 @@ def test_full_training_gives_every_weight_its_gradient(tmp_path: Path) -> None:
         ).backward()
     for grad, value in zip(grads, model.parameters(), strict=True):
         torch.testing.assert_close(grad, value.grad, rtol=2e-3, atol=2e-3 * value.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("adapter", ["dora", "full"])
+def test_what_is_computed_in_bf16_has_the_gradients_of_fp32(tmp_path: Path, adapter: str) -> None:
+    """Layers that are not merged compute under autocast, their backward pass does not."""
+    folder = save_model(tmp_path)
+    (pack,) = pack_batch(examples(30, 50), 1000)
+    found = []
+    for precision in ("bf16", "fp32"):
+        made = learner(folder, DistillConfig(**{**PLAIN, "adapter": adapter, "precision": precision}))
+        found.append(torch.autograd.grad(made.losses(pack).sum(), made.parameters()))
+    for rough, fine in zip(*found, strict=True):
+        assert rough.dtype == torch.float32
+        torch.testing.assert_close(rough, fine, rtol=0, atol=0.1 * fine.abs().max().item())
 
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
@@ -230,7 +245,7 @@ def test_too_little_memory_is_told_with_what_to_lower(base: Path, kept: Path, tm
     need = MemoryNeed(weights=100 * MIB, trained=50 * MIB, activations=200 * MIB, logits=0)
     assert refuse_too_little(need, 400 * MIB, DistillConfig()) is None
     warning = refuse_too_little(need, 300 * MIB, DistillConfig())
-    assert warning is not None and "Lower micro_tokens (now 2048)" in warning
+    assert warning is not None and "Lower micro_tokens (now 2048): --set micro_tokens=1024" in warning
     with pytest.raises(TrainingError, match=r"needs 350 MiB.*120 MiB are free"):
         refuse_too_little(need, 120 * MIB, DistillConfig())
 
@@ -313,22 +328,84 @@ def test_gguf_is_made_by_the_converter_that_is_there(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="was not found"):
         write_gguf(student, tmp_path / "s.gguf")
-    # A stand-in with the real one's options: what matters is what it is given.
+    # A stand-in with the real one's options: what matters is what it is given, and what it keeps.
     (tmp_path / "convert_hf_to_gguf.py").write_text(
-        "import argparse, pathlib\n"
+        "import argparse, gguf, json, pathlib\n"
         "p = argparse.ArgumentParser(); p.add_argument('model'); p.add_argument('--outfile')\n"
         "p.add_argument('--outtype'); o = p.parse_args()\n"
-        "names = sorted(it.name for it in pathlib.Path(o.model).iterdir())\n"
-        "pathlib.Path(o.outfile).write_text(' '.join([o.outtype, *names]))\n"
+        "config = json.loads((pathlib.Path(o.model) / 'config.json').read_text())\n"
+        "w = gguf.GGUFWriter(o.outfile, 'llama')\n"
+        "w.add_string('given', ' '.join([o.outtype, *(it.name for it in pathlib.Path(o.model).iterdir())]))\n"
+        "w.add_rope_freq_base(config['rope_theta'])\n"
+        "w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()\n"
     )
     write_gguf(student, tmp_path / "s.gguf", "f32")
-    assert {"f32", "config.json", "model.safetensors", "tokenizer.json"} <= set(
-        (tmp_path / "s.gguf").read_text().split()
-    )
-    (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('unknown model')")
-    with pytest.raises(ConfigError, match="unknown model"):
+    given = gguf.GGUFReader(tmp_path / "s.gguf").fields["given"].contents().split()
+    assert {"f32", "config.json", "model.safetensors", "tokenizer.json"} <= set(given)
+    converter = (tmp_path / "convert_hf_to_gguf.py").read_text()
+    (tmp_path / "convert_hf_to_gguf.py").write_text(converter.replace("config['rope_theta']", "7.0"))
+    with pytest.raises(ConfigError, match=r"rotary base: 10,000 became 7\."):
         write_gguf(student, tmp_path / "t.gguf")
-    assert not (tmp_path / "t.gguf").exists()
+    half = "import pathlib, sys\npathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text('half')\n"
+    for last, said in (
+        ("raise SystemExit('unknown model')", "unknown model.*Update llama.cpp"),
+        ("import gguf_that_is_not_there", "module gguf_that_is_not_there.*pip install -r requirements.txt"),
+    ):
+        (tmp_path / "convert_hf_to_gguf.py").write_text(half + last)
+        with pytest.raises(ConfigError, match=said):
+            write_gguf(student, tmp_path / "t.gguf")
+        assert not list(tmp_path.glob("t.gguf*"))
+
+
+def test_a_push_uploads_what_serving_needs_and_no_conversation(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    folder = Path(shutil.copytree(student, tmp_path / "s"))
+    for name in (
+        "parity-check.json",
+        "reference.json",
+        "checkpoint.pt",
+        "best.pt",
+        "mine/kept.jsonl",
+        "notes.txt",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("private")
+    calls: dict[str, Any] = {}
+
+    class Hub:
+        def create_repo(self, repo: str, **options: Any) -> None:
+            calls["private"] = options["private"]
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **patterns: Any) -> str:
+            there = (
+                it.relative_to(folder_path).as_posix() for it in Path(folder_path).rglob("*") if it.is_file()
+            )
+            calls["files"] = set(filter_repo_objects(there, **patterns))
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert push_student(folder, "me/student") == "https://hub/me/student"
+    assert calls["private"]
+    assert calls["files"] == {
+        "README.md",
+        "student.json",
+        "manifest.json",
+        "loss.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "adapter/README.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }
+    for name in calls["files"]:  # and it is a student there
+        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, tmp_path / "there" / name)
+    assert load_student(tmp_path / "there").training == load_student(student).training
 
 
 def test_a_push_that_fails_is_told_in_one_line(student: Path) -> None:

@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 
+from agentkd.action import parse_action
+from agentkd.draw import Draft
 from agentkd.errors import ProviderError
+from agentkd.sampler import SamplerConfig, SelfConsistentSampler
 from agentkd.sandbox import CodeFailure, ForkingSandbox, remote
 from agentkd.sandbox.fork import Limits
 from agentkd.sandbox.inside.link import START, Link
 from agentkd.sandbox.remote import Channel, RemoteSandbox
+from agentkd.trajectory import Usage
 from tests.integration.remote_sandboxes import IMPORTS, TESTS, start
 
 
@@ -106,6 +110,33 @@ def test_candidates_in_several_batches(sandbox: RemoteSandbox) -> None:
     assert [one.value for one in sandbox.try_each(["x + 4"])] == [5]  # not more: the first is forgotten
     sandbox.discard()
     assert sandbox("x").output == 1
+
+
+def test_sampled_actions(sandbox: RemoteSandbox) -> None:
+    double = sandbox._host.tools["double"]
+    sandbox("x = 1\nopen('kept', 'w').write('1')")
+    codes = [
+        "import os\nos.remove('kept')\ndel x\nprint('gone')",
+        "x = x + double(4)\nprint(x)",
+        "x = x + 1\n1 / 0",
+        "open('own', 'w').write('a')\nx = double(4) + 1\nprint(x)",
+        "x = x + double(4)\nprint(x)  # the same program",
+    ]
+    drafts = [Draft(f"Thought: go.\n```python\n{code}\n```") for code in codes]
+
+    def draw(count: int, first: int, config: SamplerConfig) -> tuple[list[Draft], Usage]:
+        return drafts[first : first + count], Usage(output_tokens=count)
+
+    sampler = SelfConsistentSampler(SamplerConfig(n=5, first=2, batch=2, confidence=0.99, likely=None))
+    done = sampler.act(draw, parse_action, sandbox)
+    assert done.outcome is not None
+    assert (done.outcome.printed.strip(), done.usage.output_tokens) == ("9", 5)
+    assert [candidate.votes for candidate in done.candidates] == [1, 3, 0, 3, 3]
+    assert [candidate.chosen for candidate in done.candidates] == [False, True, False, False, False]
+    assert double.calls == [4]  # once, however many ask
+    assert len(sandbox.take_tool_uses()) == 1
+    # The winner alone has acted, and once.
+    assert sandbox("import os\n[x, sorted(os.listdir('.'))]").output == [9, ["kept"]]
 
 
 @pytest.mark.parametrize("kind", ["docker stand-in", "e2b"])

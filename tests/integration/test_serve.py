@@ -260,6 +260,17 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     {"extra_body": {"top_k": 5}},
     {"extra_body": {"continue_final_message": True}},
+    {"extra_body": {"chat_template": "{{ messages }}"}},
+    {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+    {"extra_body": {"bad_words": ["four"]}},
+    {"extra_body": {"length_penalty": 2.0}},
+    {"extra_body": {"allowed_token_ids": [1]}},
+    {"extra_body": {"max_token": 3}},
+    {"extra_body": {"skip_special_tokens": False}},
+    {"extra_body": {"stream_options": {"continuous_usage_stats": True}}},
+    {"reasoning_effort": "high"},
+    {"messages": [*ASK, {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}, *ASK]},
+    {"messages": [{"role": "user", "content": "x", "cache": True}]},
     {
         "messages": [*ASK, {"role": "assistant", "content": "It is"}],
         "extra_body": {"continue_final_message": True, "add_generation_prompt": True},
@@ -278,6 +289,65 @@ def test_what_is_not_supported_is_refused_not_ignored(client: openai.OpenAI, opt
 def test_values_that_ask_for_nothing_are_accepted(client: openai.OpenAI) -> None:
     neutral = {"tools": [], "logit_bias": {}, "presence_penalty": 0, "response_format": {"type": "text"}}
     assert ask(client, **neutral, extra_body={"top_k": -1, "seed": None}).choices
+
+
+def test_an_unknown_field_is_named_and_what_may_be_meant(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="Is 'max_tokens' meant") as caught:
+        ask(client, extra_body={"max_token": 3})
+    assert (caught.value.param, caught.value.code) == ("max_token", "unsupported_parameter")
+    with pytest.raises(openai.BadRequestError, match="'tool_calls'") as caught:
+        calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+        ask(client, messages=[*ASK, {"role": "assistant", "content": None, "tool_calls": calls}, *ASK])
+    assert (caught.value.param, caught.value.code) == ("messages.1.tool_calls", "unsupported_parameter")
+
+
+def test_what_clients_send_along_changes_nothing(client: openai.OpenAI) -> None:
+    plain = ask(client)
+    more: dict[str, Any] = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": False,
+        "parallel_tool_calls": True,
+        "service_tier": "auto",
+        "prompt_cache_key": "x",
+        "safety_identifier": "y",
+        "verbosity": "medium",
+        "extra_body": {"skip_special_tokens": True, "length_penalty": 1.0, "bad_words": []},
+    }
+    assert ask(client, **more).choices[0].message == plain.choices[0].message
+    echoed = [*ASK, plain.choices[0].message.model_dump(), *ASK]  # as many clients keep a conversation
+    bare = [*ASK, {"role": "assistant", "content": plain.choices[0].message.content}, *ASK]
+    first, second = (ask(client, messages=messages).choices[0].message for messages in (echoed, bare))
+    assert first == second
+    with ask(client, stream=True, stream_options={"include_obfuscation": False}) as stream:
+        assert "".join(it.choices[0].delta.content or "" for it in stream) == plain.choices[0].message.content
+
+
+def test_a_temperature_next_to_nothing_is_greedy(client: openai.OpenAI) -> None:
+    assert ask(client, temperature=1e-300).choices[0].message == ask(client, temperature=0).choices[0].message
+
+
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}<|im_end|>{% endfor %}"
+)
+
+
+def test_messages_that_the_template_refuses_are_a_four_hundred(student: StudentBackend) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = STRICT
+    backend = StudentBackend(student.engine, tokenizer, "strict")
+    with (
+        Server(create_app([backend])) as server,
+        openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=30) as client,
+    ):
+        assert ask(client, model="strict").choices
+        with pytest.raises(openai.BadRequestError, match="roles must alternate") as caught:
+            ask(client, model="strict", messages=[*ASK, *ASK])
+        assert caught.value.param == "messages"
+        tokenizer.chat_template = None
+        with pytest.raises(openai.InternalServerError, match="no chat template"):
+            ask(client, model="strict", messages=[{"role": "user", "content": "other"}])
 
 
 def test_a_conversation_that_is_too_long(client: openai.OpenAI) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,20 +20,26 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("torch")
 
+from agentkd.engine.student import load_student
 from agentkd.errors import ConfigError
 from agentkd.evaluate import run_evaluation
 from agentkd.filter import filter_run
 from agentkd.record import read_json, read_trajectories
 from agentkd.retrieval import Passage
+from agentkd.router import RouterConfig, parse_router
 from agentkd.sampler import SamplerConfig
 from agentkd.serve import ServeConfig, Server, create_app, open_students
+from agentkd.serve.students import _agent_config
 from agentkd.system import open_system
 from agentkd.task import Task
+from agentkd.test_time import TestTime, save_test_time
 from agentkd.trajectory import StopReason, Trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 QUESTIONS = ("What is 6 times 7?", "Say hello.")
+STEP_TOKENS = 64
+"""Of what is compared: more than what was taught takes, and no long nonsense where nothing was taught."""
 
 
 def settings(**changes: Any) -> ServeConfig:
@@ -64,34 +71,69 @@ def client(taught: Path) -> Iterator[openai.OpenAI]:
 def essence(record: Trajectory) -> Any:
     """What must be equal: everything but names, clocks and ids."""
     steps = [
-        (it.raw, it.observation, it.output_token_ids, it.logprobs, it.prompt_token_ids, it.usage)
+        (it.raw, it.observation, it.output_token_ids, it.logprobs, it.prompt_token_ids, it.usage, it.route)
         for it in record.steps
     ]
     candidates = [
-        [(it.raw, it.votes, it.chosen, it.output_token_ids) for it in step.candidates]
+        [(it.raw, it.repairs, it.votes, it.chosen, it.output_token_ids) for it in step.candidates]
         for step in record.steps
     ]
     return steps, candidates, record.answer, record.stop_reason, record.usage, record.system_prompt
 
 
-@pytest.mark.parametrize("actions", [1, 4])
-def test_it_is_the_rollout_of_evaluation(taught: Path, tmp_path: Path, actions: int) -> None:
-    sampler = SamplerConfig(n=actions, seed=3) if actions > 1 else None
+def evaluated(student: Path, out: Path, acting: TestTime | None = None) -> list[Trajectory]:
+    """The rollouts of evaluation; by the settings in the student's folder, or by others."""
 
     @contextmanager
     def source() -> Iterator[Any]:
-        with open_system(str(taught)) as system:
-            yield system.config.model_copy(update={"sampler": sampler}), system.model
+        with open_system(str(student), max_tokens=STEP_TOKENS, test_time=acting) as system:
+            yield system.config, system.model
 
     tasks = [Task(id=str(number), question=question) for number, question in enumerate(QUESTIONS)]
-    _, evaluated = run_evaluation("taught", tasks, source, tmp_path / "out", workers=1)
-    options = {"actions": actions, "seed": 3, "return_trajectory": True}
-    with served(taught) as (client, _):
+    return run_evaluation("taught", tasks, source, out, workers=1)[1]
+
+
+@pytest.mark.parametrize("router", [None, "threshold:0.5", "agreement:0.6"])
+@pytest.mark.parametrize("actions", [1, 4])
+def test_it_is_the_rollout_of_evaluation(
+    taught: Path, tmp_path: Path, actions: int, router: str | None
+) -> None:
+    sampler = SamplerConfig(n=actions, seed=3) if actions > 1 else None
+    acting = TestTime(sampler=sampler, router=parse_router(router or "none", seed=3))
+    wanted = evaluated(taught, tmp_path / "out", acting)
+    options = {"actions": actions, "router": router, "seed": 3, "return_trajectory": True}
+    # A server of its own: what an engine has seen before may show in the last digits of log-probabilities.
+    with served(taught, max_tokens=STEP_TOKENS) as (client, _):
         answers = [ask(client, question, options) for question in QUESTIONS]
     records = [Trajectory.model_validate(answer.agentkd["trajectory"]) for answer in answers]
-    assert [essence(record) for record in records] == [essence(record) for record in evaluated]
-    assert [answer.choices[0].message.content for answer in answers] == ["42", "hello"]
-    assert bool(records[0].steps[0].candidates) is (actions > 1)
+    assert [essence(record) for record in records] == [essence(record) for record in wanted]
+    assert [answer.choices[0].message.content or None for answer in answers] == [it.answer for it in wanted]
+    if router is None:
+        assert [record.answer for record in wanted] == ["42", "hello"]
+        assert bool(records[0].steps[0].candidates) is (actions > 1)
+    assert all((record.steps[0].route is None) is (router is None) for record in records)
+
+
+def test_settings_that_were_saved_are_those_of_evaluation(taught: Path, tmp_path: Path) -> None:
+    student = tmp_path / "taught"
+    shutil.copytree(taught, student)
+    acting = TestTime(
+        sampler=SamplerConfig(n=3, temperature=0.9, seed=5),
+        router=RouterConfig(kind="agreement", agreement=0.4, answers=3, temperature=0.9, seed=6),
+    )
+    save_test_time(student, acting)
+    wanted = evaluated(student, tmp_path / "out")
+    with served(student, max_tokens=STEP_TOKENS) as (client, _):
+        told = {"return_trajectory": True}
+        answers = [ask(client, question, told).agentkd["trajectory"] for question in QUESTIONS]
+        kept = ask(client, "Say hello.", {**told, "router": "agreement:0.1"}).agentkd["trajectory"]
+    assert [essence(Trajectory.model_validate(it)) for it in answers] == [essence(it) for it in wanted]
+    routes = [record.steps[0].route for record in wanted]
+    assert [len(route.drafts) for route in routes if route is not None] == [3, 3]
+    assert kept["config"]["router"] == {**acting.model_dump(mode="json")["router"], "agreement": 0.1}
+    flag = _agent_config(load_student(student), settings(router="agreement:0.2")).router
+    assert flag is not None
+    assert (flag.agreement, flag.answers, flag.temperature, flag.seed) == (0.2, 3, 0.9, 6)
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> bool:
@@ -216,6 +258,8 @@ def test_a_full_disk_does_not_keep_the_answer_back(
         answer = ask(client, "Say hello.")
         assert answer.choices[0].message.content == "hello"
         assert answer.agentkd["saved"] is False
+        page = httpx.get(str(client.base_url.join("/metrics"))).text
+        assert "agentkd_runs_lost_total 1.0" in page and "agentkd_runs_saved_total 0.0" in page
     assert "was not saved" in capsys.readouterr().err
 
 

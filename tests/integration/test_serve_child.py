@@ -12,10 +12,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -26,6 +28,7 @@ from agentkd.engine.probe import probe_student
 from agentkd.engine.student import load_student
 from agentkd.engine.weights import load_tokenizer
 from agentkd.errors import ConfigError, ProviderError
+from agentkd.record import file_hash
 from agentkd.serve import ServeConfig, Server, create_app, open_students
 from agentkd.serve.child import Child
 from agentkd.serve.choice import choose_engine
@@ -49,6 +52,10 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def page(server: Server, path: str) -> httpx.Response:
+    return httpx.get(server.address + path, timeout=10)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +119,16 @@ def test_a_server_that_dies_under_load_is_started_again(taught: Path, python: st
             assert wait_for(lambda: seen["42"] >= 4)
             first = child.pid
             assert first is not None
+            assert page(server, "/ready").status_code == 200
             os.kill(first, signal.SIGKILL)
+            assert wait_for(lambda: page(server, "/ready").status_code == 503), "the service sends no more"
+            assert page(server, "/health").status_code == 200
             assert wait_for(lambda: seen[503] > 0)
             assert wait_for(lambda: child.restarts == 1 and child.state == "ready")
+            assert page(server, "/ready").status_code == 200
+            lines = page(server, "/metrics").text.splitlines()
+            assert 'agentkd_engine_restarts_total{model="taught"} 1.0' in lines
+            assert any(line.startswith("agentkd_prefix_cache_queried_tokens_total{") for line in lines)
             before = seen["42"]
             assert wait_for(lambda: seen["42"] >= before + 4)
         finally:
@@ -345,9 +359,94 @@ def test_two_students_of_one_name_are_refused(taught: Path) -> None:
         stack.enter_context(open_students([taught, taught], ServeConfig(engine="embedded")))
 
 
-def test_several_students_on_the_embedded_engine(two: list[Path]) -> None:
-    with open_students(two, ServeConfig(engine="embedded", threads=1)) as backends:
+def test_a_student_that_is_called_as_anothers_agent_is_refused(taught: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(taught, tmp_path / "taught-agent")
+    with pytest.raises(ConfigError, match="called taught-agent") as caught, ExitStack() as stack:
+        stack.enter_context(open_students([taught, other], ServeConfig(engine="embedded")))
+    assert "NAME-agent" in str(caught.value.hint)
+
+
+def unlearn(folder: Path) -> None:
+    """Take out of a student what it has learnt, as honestly as its manifest wants it."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter" / "adapter_model.safetensors"
+    weights = {name: value * ("lora_B" not in name) for name, value in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["outputs"]["adapter_model.safetensors"] = file_hash(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+QUESTION: list[Any] = [{"role": "user", "content": "What is 6 times 7?"}]
+
+
+@contextmanager
+def answering(backends: list[Any]) -> Iterator[Callable[[str], str]]:
+    """Ask a server by the name of a model."""
+    with (
+        Server(create_app(backends)) as server,
+        openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        prompt = backends[1].config.prompt
+
+        def ask(model: str) -> str:
+            system = [] if model.endswith("-agent") else [{"role": "system", "content": prompt}]
+            messages: list[Any] = [*system, *QUESTION]
+            answer = client.chat.completions.create(model=model, messages=messages, max_tokens=60)
+            return str(answer.choices[0].message.content)
+
+        yield ask
+
+
+def check_routing(ask: Callable[[str], str]) -> None:
+    """Each name is answered by its own weights, also when all are asked at once."""
+    names = ["taught", "twin", "taught-agent", "twin-agent"]
+    alone = {name: ask(name) for name in names}
+    assert alone["taught"].startswith("Thought: step 1\n```python\nprint(6 * 7)")
+    assert alone["taught-agent"] == "42"
+    assert alone["twin"] != alone["taught"]
+    assert alone["twin-agent"] != "42"
+    with ThreadPoolExecutor(8) as pool:
+        crowd = list(pool.map(ask, names * 4))
+    right = [name for name, said in zip(names * 4, crowd, strict=True) if name.startswith("taught")]
+    said = [said for name, said in zip(names * 4, crowd, strict=True) if name.startswith("taught")]
+    assert said == [alone[name] for name in right]
+    assert not {"42", alone["taught"]} & {
+        said for name, said in zip(names * 4, crowd, strict=True) if name.startswith("twin")
+    }
+
+
+def test_several_students_on_the_embedded_engine_answer_by_their_own_weights(two: list[Path]) -> None:
+    unlearn(two[1])
+    settings = ServeConfig(engine="embedded", threads=1, probe=False)
+    with open_students(two, settings) as backends:
         assert [it.model_id for it in backends] == ["taught", "taught-agent", "twin", "twin-agent"]
+        with answering(backends) as ask:
+            check_routing(ask)
+
+
+@pytest.mark.slow
+def test_adapters_of_one_server_answer_by_their_own_weights(
+    two: list[Path], gpu_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlearn(two[1])
+    monkeypatch.setattr("agentkd.serve.choice.has_gpu", lambda: True)
+    with open_students(two, config(gpu_python, probe=False)) as backends:
+        assert len({it.engine.child.pid for it in backends}) == 1  # type: ignore[attr-defined]
+        with answering(backends) as ask:
+            check_routing(ask)
+
+
+def test_a_folder_that_cannot_be_probed_is_not_served_as_if_it_had_been(two: list[Path]) -> None:
+    (two[1] / "parity.json").write_text('{"replays": []}')
+    assert any("NOT PROBED" in line for line in serve(two[1]))
+    (two[1] / "parity.json").unlink()
+    with pytest.raises(ConfigError, match=r"no parity\.json") as caught:
+        serve(two[1])
+    assert "--no-probe" in str(caught.value.hint)
+    with open_students([two[1]], ServeConfig(engine="embedded", threads=1, probe=False)) as backends:
+        assert backends
 
 
 def children(pid: int) -> list[int]:

@@ -23,7 +23,12 @@ def sampled(run: Trajectory) -> Trajectory:
             "code": 'x = 3  # three\nfinal_answer("a" * x)',
             "candidates": (
                 Candidate(raw="a", code="final_answer(6)", outcome="6", votes=5, chosen=True),
-                Candidate(raw="b", code="1/0", failure=Failure(kind="execution", message="division by zero")),
+                Candidate(
+                    raw="b",
+                    code="1/0",
+                    repairs=("closed_fence",),
+                    failure=Failure(kind="execution", message="division by zero"),
+                ),
             ),
         }
     )
@@ -58,6 +63,7 @@ def test_keys_filters_search_and_links(two: list[Path], tmp_path: Path) -> None:
         shows(page, "products-0#0")
         assert page.inner_text(".py-final") == "final_answer"
         assert page.inner_text(".candidates >> nth=0").startswith("2 candidates")
+        assert "mended: closed_fence" in str(page.text_content(".candidates >> nth=0"))
         route = page.inner_text(".route >> nth=0")
         assert route.startswith("used tools") and "p(tool) 0.83" in route
         page.keyboard.press("j")

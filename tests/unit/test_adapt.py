@@ -265,6 +265,27 @@ def test_nothing_to_learn_from_is_a_data_error(tmp_path: Path) -> None:
         adapt(tmp_path / "nothing.jsonl", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("thought", "expected"),
+    [
+        (
+            "I need the mayor of X. First I look for X, so I search.",
+            "I need the mayor of X. I know it: it is Y.",
+        ),
+        ("I need 3 * 4, so I compute it.", "I need 3 * 4. I know it: it is Y."),
+        ("I need 1.5 times it.\nThen more.", "I need 1.5 times it. I know it: it is Y."),
+        ("I search for X. Then more.", "no goal: its first thought speaks of tools: 'search'"),
+        ("", "no goal: the trajectory has no thought"),
+    ],
+)
+def test_a_solution_can_begin_with_the_goal(thought: str, expected: str) -> None:
+    made = trace("sky", "Y")
+    steps = tuple(step.model_copy(update={"thought": thought}) for step in made.steps)
+    config = AdaptConfig(thought="{goal} I know it: it is {answer}.")
+    found = literal_rewriter(config)([made.model_copy(update={"steps": steps})])[made.id]
+    assert (found.reason if isinstance(found, Rejected) else found.thought) == expected
+
+
 def test_a_thought_has_no_code_in_it() -> None:
     with pytest.raises(ValidationError, match="code block"):
         AdaptConfig(thought="I know:\n```python\nx\n```")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import queue
+import signal
 import threading
 import time
 from collections import Counter
@@ -13,9 +17,12 @@ import pytest
 from agentkd.agent_config import AgentConfig
 from agentkd.calls import iter_calls
 from agentkd.collect import CollectConfig, TeacherConfig, collect, expect, load_teachers
-from agentkd.errors import ConfigError, ProviderError
+from agentkd.crew import Done, Seat, Work
+from agentkd.errors import AgentkdError, ConfigError, ProviderError
 from agentkd.gate import GateConfig
+from agentkd.processes import ProcessCrew
 from agentkd.record import read_json, read_trajectories, write_jsonl
+from agentkd.spend import Ledger
 from agentkd.task import Task
 from agentkd.testing import FakeEndpoint
 from tests.conftest import action
@@ -155,6 +162,47 @@ def test_teachers_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         load_teachers(tmp_path / "nothing.toml")
 
 
+def test_the_key_of_openai_is_sent_to_openai_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai-key")
+    path = tmp_path / "teachers.toml"
+    bases = {
+        "https://api.openai.com/v1": "sk-openai-key",
+        "https://eu.api.openai.com/v1": "sk-openai-key",
+        "http://127.0.0.1:8000/v1": None,
+        "https://openrouter.ai/api/v1": None,
+        "https://openai.com.evil.example/v1": None,
+        "https://evilopenai.com/v1": None,
+        "http://[/v1": None,
+    }
+    path.write_text("".join(f'[[teachers]]\nmodel = "m"\napi_base = "{base}"\n' for base in bases))
+    assert {teacher.api_base: teacher.api_key for teacher in load_teachers(path)} == bases
+    named = '[[teachers]]\nmodel = "m"\napi_base = "https://openrouter.ai/api/v1"\napi_key_env = "%s"\n'
+    path.write_text(named % "OPENAI_API_KEY")
+    assert load_teachers(path)[0].api_key == "sk-openai-key", "whoever names it means it"
+    path.write_text(named % "NO_SUCH_KEY")
+    with pytest.raises(ConfigError, match="teacher 1: the environment variable NO_SUCH_KEY is not set"):
+        load_teachers(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('teachers = ["gpt-4o"]', "no list of tables"),
+        ('teachers = "gpt-4o"', "no list of tables"),
+        ('[teachers]\nmodel = "m"', "no list of tables"),
+        ("teachers = []", "names no teachers"),
+        ('[[teachers]]\nmodel = "m"\napi_base = "http://a/v1"\napi_key_env = 3', "variable 3 is not set"),
+        ('[[teachers]]\nmodel = "m"\napi_base = "http://a/v1"\napi_key = "sk-x"', "teacher 1: api_key"),
+    ],
+)
+def test_a_file_of_teachers_that_is_none_is_named(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "teachers.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_teachers(path)
+    assert "sk-x" not in str(caught.value)
+
+
 def sometimes(messages: list[dict[str, Any]]) -> str:
     """Right for even tasks; for odd ones never."""
     if len(messages) == 1:
@@ -209,3 +257,52 @@ def test_a_process_that_cannot_start_says_why(tmp_path: Path) -> None:
         with AppendLog(tmp_path / "run" / "calls-1.jsonl"), pytest.raises(ConfigError, match="calls-1"):
             collect(two, tmp_path / "run")
         assert collect(two, tmp_path / "run").missing == 0
+
+
+class Killer(Teacher):
+    """Kills one of the processes that ask it, at the 10th call."""
+
+    def __init__(self) -> None:
+        super().__init__(seconds=0.01)
+        self.killed = 0
+
+    def __call__(self, messages: list[dict[str, Any]]) -> Any:
+        with self._lock:
+            if not self.killed and sum(self.asked.values()) >= 10:
+                (victim, *_) = multiprocessing.active_children()
+                self.killed = victim.pid or 0
+                os.kill(self.killed, signal.SIGKILL)
+        return super().__call__(messages)
+
+
+def test_a_killed_process_is_named_and_its_work_is_gone_on_with(tmp_path: Path) -> None:
+    teacher = Killer()
+    with FakeEndpoint(teacher) as endpoint:
+        two = config(tmp_path, endpoint.url, 24, processes=2)
+        with pytest.raises(AgentkdError, match="worker process has ended unexpectedly"):
+            collect(two, tmp_path / "run")
+        assert teacher.killed
+        done = collect(two, tmp_path / "run")
+    assert done.missing == 0
+    assert len({item.id for item in read_trajectories(tmp_path / "run" / "trajectories.jsonl")}) == 24
+    assert sum(teacher.asked.values()) - 48 <= two.workers, "only what was in flight is asked again"
+
+
+def nobody(task: Task, sample: int) -> Any:
+    raise AssertionError("no rollout is begun")
+
+
+def test_work_for_a_process_that_has_died_says_so(tmp_path: Path) -> None:
+    ready: queue.SimpleQueue[Done] = queue.SimpleQueue()
+    crew = ProcessCrew(1, [Seat(nobody, 1)], ready, None, ledger=Ledger())
+    try:
+        member = crew._members[0]
+        member._process.kill()
+        member._process.join()
+        work = Work(Task(id="t", question="?", answer="1"), 0)
+        with pytest.raises(AgentkdError, match="worker process has ended unexpectedly") as caught:
+            for _ in range(100):  # the first may still go into the pipe
+                crew.submit(work)
+        assert caught.value.hint
+    finally:
+        crew.close()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from agentkd.commands.distill import _more
 from agentkd.distill.batches import batch_indices, pack_batch, single_packs, total_steps
 from agentkd.distill.config import DistillConfig
 from agentkd.distill.examples import Example, build_examples
@@ -212,6 +213,33 @@ def test_the_fingerprint_holds_what_decides_the_result_and_nothing_else() -> Non
     assert same.fingerprint("x") == DistillConfig().fingerprint("x")
     assert DistillConfig(seed=1).fingerprint("x") != same.fingerprint("x")
     assert same.fingerprint("y") != same.fingerprint("x")
+
+
+def test_settings_without_an_option_are_read_by_their_type() -> None:
+    pairs = [
+        "micro_tokens=1024",
+        "lora_dropout=0.05",
+        'imports=["math", "re"]',
+        "system_prompt=12",
+        "threads=null",
+    ]
+    assert _more(pairs, set()) == {
+        "micro_tokens": 1024,
+        "lora_dropout": 0.05,
+        "imports": ("math", "re"),
+        "system_prompt": "12",
+        "threads": None,
+    }
+    for wrong, said in (
+        ("micro_tokens=many", "micro_tokens=many cannot be read"),
+        ("imports=math", "as JSON"),
+        ("micro_tokens", "name=value"),
+        ("nothing=1", r"no setting 'nothing'.*micro_tokens"),
+        ("lora_r=4", "Use --rank"),
+        ("max_length=4", "Use --max-length"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            _more([wrong], {"lora_r", "max_length"})
 
 
 def test_a_folder_that_is_no_student_says_what_it_lacks(tmp_path: Any) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from agentkd.engine import Completion
+from agentkd.engine import Cancellation, Completion
 from agentkd.errors import AgentkdError, ConfigError, ContextOverflowError, ProviderError
 
 torch = pytest.importorskip("torch")
@@ -244,6 +245,30 @@ def test_close_ends_threads_and_running_calls() -> None:
     assert not any(lane.is_alive() for lane in lanes)
     with pytest.raises(ProviderError, match="closed"):
         engine.generate([3])
+
+
+def test_a_call_is_given_up_whether_it_has_begun_or_waits(model: Any) -> None:
+    with TorchEngine(tiny_model(), Letters(), max_batch=1, threads=1) as engine:
+        running, waiting = Cancellation(), Cancellation()
+        (wanted,) = engine.generate(prompt(9, 3), max_new_tokens=5)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(
+                engine.generate, prompt(9, 1), max_new_tokens=500, stop=("never",), cancellation=running
+            )
+            while not any(lane.batch for lane in engine._lanes):
+                time.sleep(0.001)
+            second = pool.submit(engine.generate, prompt(9, 2), max_new_tokens=5, cancellation=waiting)
+            time.sleep(0.01)
+            waiting.cancel()
+            with pytest.raises(ProviderError, match="cancelled"):
+                second.result(5)
+            running.cancel()
+            if first.exception(5) is not None:  # it may have been quicker
+                assert isinstance(first.exception(), ProviderError)
+        (again,) = engine.generate(prompt(9, 3), max_new_tokens=5, cancellation=Cancellation())
+        assert again.token_ids == wanted.token_ids
+        with pytest.raises(ProviderError, match="cancelled"):
+            engine.generate(prompt(9, 3), cancellation=running)
 
 
 def test_the_callers_number_of_torch_threads_stays() -> None:

@@ -52,3 +52,12 @@ def test_top_p_is_the_smallest_set_however_flat_the_distribution(mass: float, he
     assert drawn <= allowed
     if size < 20:
         assert drawn >= set(order[: size - 1].tolist()), "nothing likely is left out"
+
+
+@pytest.mark.parametrize("heat", [1e-300, 1e-45, 9e-5])
+def test_a_temperature_that_is_next_to_nothing_is_greedy(heat: float) -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(2, 400) * 5
+    found = choose(logits, [heat, heat], [1.0, 0.5], [0.2, 0.99])
+    assert found.ids == logits.argmax(dim=-1).tolist()
+    assert all(value == value for value in found.logprobs), "no NaN"

@@ -282,6 +282,42 @@ def test_a_slow_reader_is_dropped() -> None:
         assert metric(client, 'agentkd_broken_answers_total{model="talker",why="slow_reader"}') == 1
 
 
+class Stubborn(Talker):
+    """Goes on for a while although nobody waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def _answer(self, text: str, listener: Any) -> Any:
+        if text == "stubborn":
+            listener.text(0, "a word")
+            self.go.wait(10)
+        return super()._answer(text, listener)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_place_is_taken_until_its_work_is_over(stream: bool) -> None:
+    talker = Stubborn()
+    with served(talker=talker, max_running=1, max_waiting=1) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(CHAT, json=body("stubborn", stream=stream), timeout=0.3)
+        deadline = time.monotonic() + 5
+        while not metric(client, "agentkd_lingering") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert metric(client, "agentkd_running") == metric(client, "agentkd_lingering") == 1
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(client.post, CHAT, json=body("mine"))
+            time.sleep(0.2)
+            assert not second.done(), "it waits for the place"
+            talker.go.set()
+            assert second.result().status_code == 200
+        deadline = time.monotonic() + 5
+        while metric(client, "agentkd_running") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert metric(client, "agentkd_running") == metric(client, "agentkd_lingering") == 0
+
+
 def test_rates_are_each_callers_own() -> None:
     with served({"ann": SECRET, "bob": OTHER}, requests_per_minute=3) as client:
 
@@ -366,6 +402,7 @@ def test_contents_are_logged_on_request_without_secrets(tmp_path: Path) -> None:
 def test_a_full_disk_fails_no_request() -> None:
     with served(access_log=Path("/dev/full")) as client:
         assert client.post(CHAT, json=body()).status_code == 200
+        assert metric(client, "agentkd_access_log_lost_lines_total") >= 1
 
 
 def test_the_metrics_are_prometheus_and_labels_are_not_the_clients() -> None:
@@ -497,6 +534,55 @@ def test_it_is_not_ready_while_it_drains() -> None:
         refused = client.post(CHAT, json=body())
         assert refused.status_code == 503 and refused.headers["Retry-After"] == "5"
         assert client.get("/health").status_code == 200
+
+
+def test_it_is_not_ready_while_an_engine_starts_again() -> None:
+    class Child:
+        state, restarts = "ready", 0
+
+    class Engine:
+        child = Child()
+
+    talker = Talker()
+    talker.engine = Engine()  # type: ignore[attr-defined]
+    with served(talker=talker) as client:
+        assert client.get("/ready").status_code == 200
+        Child.state = "down"
+        answer = client.get("/ready")
+        assert (answer.status_code, answer.json()["reason"]) == (503, "the engine is being started again")
+        assert client.get("/health").status_code == 200
+        Child.state, Child.restarts = "ready", 1
+        assert client.get("/ready").status_code == 200
+        assert metric(client, 'agentkd_engine_restarts_total{model="talker"}') == 1
+
+
+def test_what_has_come_meanwhile_is_written_together() -> None:
+    from agentkd.serve import ChatChoice, ChatRequest, ChatResult
+    from agentkd.serve.app import _Piece, _stream, _Work
+    from agentkd.serve.served import Served
+
+    words = [f"word{number} " for number in range(200)]
+
+    async def play() -> list[str]:
+        request = ChatRequest.model_validate({**body(), "stream": True})
+        work = _Work(Talker(), request, Served())
+        for word in words[1:]:
+            work.events.put_nowait(_Piece(0, word))
+        work.events.put_nowait(ChatResult((ChatChoice("".join(words) + "end", "stop"),), 1, 1))
+        return [block async for block in _stream(work, _Piece(0, words[0]))]
+
+    blocks = asyncio.run(play())
+    assert len(blocks) < 10
+    lines = [line for line in "".join(blocks).split("\n\n") if line]
+    assert lines.pop() == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+    assert [it["delta"].get("content") for it in chunks] == ["", *words, "end", None]
+    assert chunks[-1]["finish_reason"] == "stop"
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="called talker"):
+        create_app([Talker(), Talker()])
 
 
 def test_what_an_agent_does_is_counted() -> None:

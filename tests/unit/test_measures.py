@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections import Counter
@@ -10,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from agentkd.errors import ConfigError, DataError
-from agentkd.evaluate import compare_runs, measure, overlaps, pass_at_k, step_agreement, summarise
+from agentkd.evaluate import (
+    compare_runs,
+    comparison_table,
+    measure,
+    overlaps,
+    pass_at_k,
+    step_agreement,
+    summarise,
+)
 from agentkd.evaluate.rescore import rescore
 from agentkd.model import openai_model
 from agentkd.record import write_jsonl, write_manifest
@@ -20,7 +30,7 @@ from agentkd.scorer.judge import Judge
 from agentkd.spend import Price
 from agentkd.task import Task
 from agentkd.testing import FakeEndpoint, ScriptedModel
-from agentkd.trajectory import Candidate, Score, Step, StopReason, ToolUse, Trajectory, Usage
+from agentkd.trajectory import Candidate, Route, Score, Step, StopReason, ToolUse, Trajectory, Usage
 
 
 def run(task: str, right: bool = True, sample: int = 0, **fields: Any) -> Trajectory:
@@ -66,6 +76,31 @@ def test_runs_are_told_apart_and_errored_ones_left_out() -> None:
     assert found.cost_per_task == pytest.approx(0.0019)
     assert measure([]).pass_at == {}
     assert summarise("s", runs).measures is not None
+
+
+def test_repairs_are_counted_in_all_that_was_drawn_and_once() -> None:
+    closed, tagged = Candidate(raw="x", repairs=("closed_fence",)), Candidate(raw="y", repairs=("code_tag",))
+    won = Candidate(raw="z", repairs=("closed_fence", "dropped_tail"), chosen=True)
+    route = Route(router="agreement", mode="required", direct=False, drafts=(tagged, tagged, tagged))
+    steps = (
+        step(repairs=won.repairs, candidates=(closed, won, Candidate(raw="w")), route=route),
+        step(repairs=("bare_code",)),
+    )
+    alone = Route(router="threshold", mode="allowed", direct=True, drafts=(won,))
+    runs = [run("a", steps=steps), run("b", steps=(step(repairs=won.repairs, route=alone),))]
+    runs.append(run("c", steps=steps, stop_reason=StopReason.PROVIDER_ERROR))
+    found = measure(runs).repairs
+    assert list(found.items()) == [
+        ("closed_fence", 3),
+        ("code_tag", 3),
+        ("dropped_tail", 2),
+        ("bare_code", 1),
+    ]
+    console = Console(width=120, file=io.StringIO())
+    console.print(comparison_table([summarise("a", runs), summarise("b", [run("a")])]))
+    (line,) = [line for line in console.file.getvalue().splitlines() if "mended" in line]
+    shown = "texts mended 3 closed fence, 3 code tag, 2 dropped tail, 1 bare code -"
+    assert " ".join(line.split()) == shown
 
 
 def test_calibration_is_zero_when_confidence_is_the_hit_rate() -> None:

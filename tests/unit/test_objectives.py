@@ -6,14 +6,17 @@ import math
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from agentkd.distill.batches import pack_batch
-from agentkd.distill.config import DistillConfig
+from agentkd.distill.config import OBJECTIVES, DistillConfig
+from agentkd.errors import ConfigError
 from tests.unit.test_distill import example
 
 torch = pytest.importorskip("torch")
 
 from agentkd.distill import objectives  # noqa: E402
+from agentkd.distill.choose import check_teacher, make_objective, make_preference  # noqa: E402
 from agentkd.distill.objectives import DIVERGENCES, MaskedThought, TeacherObjective  # noqa: E402
 
 # Student (1/2, 1/4, 1/4), teacher (1/4, 1/2, 1/4).
@@ -107,6 +110,93 @@ def test_masked_inputs_are_own_tokens_only_and_labels_stay() -> None:
     assert value.item() == pytest.approx(math.log(4))
 
 
-def test_the_settings_name_every_objective() -> None:
-    for name in objectives.OBJECTIVES:
-        assert DistillConfig(objective=name).objective == name
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_name_makes_one_objective(name: str) -> None:
+    config = DistillConfig(objective=name)
+    made = [it for it in (make_objective(config), make_preference(config)) if it is not None]
+    assert len(made) == (0 if name == "sft" else 1)
+
+
+class Half:
+    """An objective of one's own."""
+
+    needs_teacher = False
+
+    def __init__(self, config: DistillConfig) -> None:
+        self.seed = config.seed
+
+    def inputs(self, pack: Any, progress: float, seed: str) -> list[int]:
+        return list(pack.ids)
+
+    def losses(self, student: Any, targets: Any, teacher: Any, progress: float) -> Any:
+        return 0.5 * torch.nn.functional.cross_entropy(student, targets, reduction="none")
+
+
+class Ranked(Half):
+    """One that learns from recorded tokens as well."""
+
+    needs_teacher = True
+    top = 3
+
+
+class Margin:
+    """A preference of one's own."""
+
+    needs_reference = False
+    sft_weight = 1.0
+
+    def __init__(self, config: DistillConfig) -> None:
+        self.beta = config.dpo_beta
+
+    def loss(self, right: Any, wrong: Any) -> Any:
+        return torch.stack([one.total - right.total for one in wrong]).mean()
+
+
+class Neither:
+    """No objective, although it is made from the settings."""
+
+    def __init__(self, config: DistillConfig) -> None:
+        self.needs_teacher = False
+
+
+def own(name: str, **fields: Any) -> DistillConfig:
+    return DistillConfig(objective=f"tests.unit.test_objectives:{name}", **fields)
+
+
+def test_objectives_and_preferences_plug_in() -> None:
+    made = make_objective(own("Half", seed=7))
+    assert type(made).__name__ == "Half"
+    assert getattr(made, "seed", None) == 7
+    assert make_preference(own("Half")) is None
+    assert type(make_preference(own("Margin"))).__name__ == "Margin"
+    assert make_objective(own("Margin")) is None
+    check_teacher(own("Half"))
+    check_teacher(own("Ranked", teacher_logprobs="file"))
+    with pytest.raises(ConfigError, match="needs a teacher"):
+        check_teacher(own("Ranked"))
+    with pytest.raises(ConfigError, match="no use for a teacher"):
+        check_teacher(own("Half", teacher="model"))
+
+
+@pytest.mark.parametrize("name", ["sftt", "", ":Name", "module:", "a b:Name", "module:Name:more"])
+def test_a_wrong_name_is_told_with_the_right_ones(name: str) -> None:
+    with pytest.raises(
+        ValidationError, match=r"choose one of sft, masked, .*plackett-luce, or yours as module:Name"
+    ):
+        DistillConfig(objective=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing:At", "cannot be loaded: No module named 'nothing'"),
+        ("tests.unit.test_objectives:Nothing", "cannot be loaded: .*no attribute 'Nothing'"),
+        ("tests.unit.test_objectives:STUDENT", "cannot be loaded: .*not callable"),
+        ("tests.unit.test_objectives:Neither", "neither an Objective nor a Preference"),
+    ],
+)
+def test_what_is_no_objective_is_told(name: str, said: str) -> None:
+    config = DistillConfig(objective=name)
+    for make in (make_objective, make_preference):
+        with pytest.raises(ConfigError, match=said):
+            make(config)

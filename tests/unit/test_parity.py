@@ -13,6 +13,7 @@ from agentkd.distill.examples import Example, ExampleSet, build_examples
 from agentkd.distill.parity import Fault, find_faults, refuse_faults
 from agentkd.distill.served import Answer, check_served, make_replays, require_parity
 from agentkd.distill.spans import SpanWeights
+from agentkd.engine.probe import Known, compare_answers, known_answers
 from agentkd.engine.render import render_prompt
 from agentkd.errors import TrainingError
 from agentkd.trajectory import FirstThought, Step, Trajectory
@@ -224,9 +225,11 @@ def served(tokenizer: Any, made: ExampleSet, **changes: Any) -> Any:
     def ask(messages: Any, limit: int, temperature: float) -> Answer:
         prompt = tuple(render_prompt(other, messages))
         ids = targets.get(prompt, (5, tokenizer.eos_token_id))
-        return Answer(prompt, changes.get("answer", ids), "stop")
+        answer = changes.get("answer", ids)
+        return Answer(prompt, answer, "stop", (changes["sure"],) * len(answer) if "sure" in changes else ())
 
-    return check_served(replays, changes.get("system", made.system_prompt), tokenizer, ask, "a stand-in")
+    prompt = changes.get("system", made.system_prompt)
+    return check_served(replays, prompt, tokenizer, ask, "a stand-in", changes.get("known"))
 
 
 def test_a_server_that_answers_as_taught_passes(tokenizer: Any) -> None:
@@ -266,3 +269,37 @@ def test_sampled_answers_in_other_tokens_are_counted_and_kept(tokenizer: Any) ->
     result = check_served(replays, made.system_prompt, tokenizer, ask, "a stand-in")
     assert result.passed
     assert result.sampled_other == (odd, odd)
+
+
+def test_other_answers_than_the_finished_student_gave_are_those_of_other_weights(tokenizer: Any) -> None:
+    made = build_examples([ITEM], tokenizer, CONFIG)
+    after = served(tokenizer, made)
+    known = known_answers({"after": after.model_dump(), "replays": []})
+    same = served(tokenizer, made, known=known)
+    assert same.passed and (same.compared, same.unchanged) == (2, 2)
+    other = tokenizer("final", add_special_tokens=False)["input_ids"]
+    result = served(tokenizer, made, known=known, answer=(*other, tokenizer.eos_token_id))
+    assert (result.prompts_equal, result.compared, result.unchanged) == (2, 2, 0)
+    with pytest.raises(TrainingError, match=r"wrong base: a#0, step 2: .*adapter.*\(1 more\)"):
+        require_parity(result)
+
+
+def test_close_decisions_may_fall_otherwise_and_sure_ones_may_not() -> None:
+    wanted = Known((1, 2, 3), (-0.1, -0.7, -0.1))
+    assert compare_answers(wanted, wanted) == (None, [0, 0, 0])
+    close = Known((1, 5, 9), (-0.15, -0.7, -0.1))
+    assert compare_answers(close, wanted) == (None, [pytest.approx(0.05)])
+    assert compare_answers(Known((1, 2, 9)), wanted)[0] is not None
+    assert compare_answers(Known((5, 2, 3), (-0.7, -0.1, -0.1)), wanted)[0] is not None  # nothing to compare
+    assert compare_answers(Known((1, 5, 9)), Known((1, 2, 3)))[0] is not None  # nobody knows how sure it was
+    far = Known((1, 2, 3), (-0.9, -0.7, -0.9))
+    why, _ = compare_answers(far, wanted)
+    assert why is not None and "0.53 nats" in why
+
+
+@pytest.mark.parametrize("sure", [-0.1, -2.0])
+def test_odd_tokens_are_a_fault_where_the_student_was_sure_of_them(tokenizer: Any, sure: float) -> None:
+    odd = (*(tokenizer.convert_tokens_to_ids(it) for it in "Thought"), tokenizer.eos_token_id)
+    result = served(tokenizer, build_examples([ITEM], tokenizer, CONFIG), answer=odd, sure=sure)
+    assert (result.stopped, result.canonical) == (2, 0)
+    assert result.passed == (sure < -1)

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from agentkd.errors import ConfigError, DataError, StorageError, boundary
-from agentkd.record import AppendLog, load_tasks, read_trajectories, write_jsonl, write_manifest
+from agentkd.record import AppendLog, load_tasks, read_trajectories, write_json, write_jsonl, write_manifest
 from agentkd.task import Task
 from agentkd.trajectory import StopReason, Trajectory
 
@@ -89,6 +95,88 @@ def test_a_second_writer_is_refused_and_the_lock_dies_with_its_owner(tmp_path: P
         assert owner.stdout is not None
         owner.stdout.close()
     AppendLog(path).close()
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """As a disk that fills up: a write takes what fits, and the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def large(name: str) -> Trajectory:
+    return trajectory(name).model_copy(update={"system_prompt": "x" * 50_000})
+
+
+def test_a_line_that_does_not_fit_leaves_nothing_and_ends_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    log = AppendLog(path)
+    log.append(trajectory("a"))
+    whole = path.read_bytes()
+    with no_file_larger_than(len(whole) + 20_000), pytest.raises(StorageError, match=r"t\.jsonl") as caught:
+        log.append(large("b"))
+    assert caught.value.hint
+    assert path.read_bytes() == whole, "what the disk took of the line is cut off"
+    with pytest.raises(StorageError, match="Nothing more is written") as caught:
+        log.append(trajectory("c"))  # there would be room for it again
+    assert caught.value.hint
+    log.close()
+    assert path.read_bytes() == whole
+    with AppendLog(path) as log:
+        log.append(trajectory("c"))
+    assert [item.task.id for item in read_trajectories(path)] == ["a", "c"]
+
+
+def test_what_cannot_be_cut_off_is_cut_off_at_the_next_start(tmp_path: Path) -> None:
+    class Stuck(io.FileIO):
+        def truncate(self, size: int | None = None, /) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    path = tmp_path / "t.jsonl"
+    log = AppendLog(path)
+    log.append(trajectory("a"))
+    log._file.close()
+    log._file = Stuck(path, "ab")
+    with no_file_larger_than(20_000), pytest.raises(StorageError):
+        log.append(large("b"))
+    with pytest.raises(StorageError, match="Nothing more is written"):
+        log.append(trajectory("c"))
+    log.close()
+    assert path.stat().st_size == 20_000
+    with AppendLog(path) as log:
+        log.append(trajectory("c"))
+    assert [item.task.id for item in read_trajectories(path)] == ["a", "c"]
+
+
+def test_a_flush_that_failed_is_not_believed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(number: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with AppendLog(tmp_path / "t.jsonl") as log:
+        with monkeypatch.context() as patch, pytest.raises(StorageError, match="Input/output error"):
+            patch.setattr(os, "fsync", fails)
+            log.append(trajectory("a"))
+        with pytest.raises(StorageError, match="Nothing more is written"):
+            log.append(trajectory("b"))
+
+
+def test_a_whole_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+
+    def fsync(number: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{number}").readlink().name)
+        assert not (tmp_path / "x.json").exists()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert flushed == ["x.json.partial"]
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -16,7 +16,7 @@ from agentkd.errors import DataError, StorageError
 from agentkd.evaluate import SystemResult, paired_difference, summarise
 from agentkd.report import write_report
 from agentkd.task import Task
-from agentkd.trajectory import Failure, Score, Step, StopReason, ToolUse, Trajectory, Usage
+from agentkd.trajectory import Candidate, Failure, Score, Step, StopReason, ToolUse, Trajectory, Usage
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=http://x/y onerror=alert(2)> "
@@ -140,6 +140,21 @@ def test_json_has_every_figure(tmp_path: Path, everything: dict[str, Any]) -> No
     assert document["config"] == {"seed": 0, "path": "/x", "nested": {"rate": None}}
     assert document["notes"] == ["The teacher is a program."]
     assert document["versions"] == {"agentkd": "0.1.0"}
+
+
+def test_what_was_mended_is_told_by_kind(tmp_path: Path, everything: dict[str, Any]) -> None:
+    assert "texts mended" not in Page(write_report(tmp_path / "none", **everything)).text
+    runs = [make_run(i, True) for i in range(2)]
+    loser = Candidate(raw="x", repairs=("closed_fence",))
+    runs[0] = runs[0].model_copy(
+        update={"steps": tuple(step.model_copy(update={"candidates": (loser,)}) for step in runs[0].steps)}
+    )
+    before = everything["results"][0].model_copy(update={"measures": None})  # as of an older version
+    everything["results"] = [before, summarise("agent", runs), make_result("plain", 1, 2)]
+    index = write_report(tmp_path / "some", **everything)
+    (line,) = [it for it in (index.parent / "report.md").read_text().splitlines() if "texts mended" in it]
+    assert [cell.strip() for cell in line.strip("|").split("|")][1:] == ["\u2013", "1 closed fence", "none"]
+    assert "1 closed fence" in Page(index).text
 
 
 def test_page_says_it_all(tmp_path: Path, everything: dict[str, Any]) -> None:

@@ -6,18 +6,25 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from smolagents import tool
 from smolagents.models import ChatMessage, MessageRole, Model
 from smolagents.monitoring import TokenUsage
 
 from agentkd import prompt as prompts
 from agentkd.action import parse_action
+from agentkd.adapt import AdaptConfig, Respondent
+from agentkd.adapt.partition import partition
 from agentkd.agent import build_agent
-from agentkd.assess import assess
+from agentkd.agent_config import AgentConfig
+from agentkd.assess import _test_time, assess
 from agentkd.draw import Draft
 from agentkd.errors import ConfigError, DataError
 from agentkd.evaluate.routing import RoutingPoint, routing_figures, routing_table, tuned_router
@@ -28,6 +35,7 @@ from agentkd.sampler import SamplerConfig, SelfConsistentSampler
 from agentkd.task import Task
 from agentkd.test_time import TestTime, load_test_time, save_test_time
 from agentkd.testing import FakeEndpoint
+from agentkd.tool_use import used_tool
 from agentkd.trajectory import StopReason, Trajectory
 
 TASK = Task(id="1", question="six times seven?", answer="42")
@@ -38,6 +46,23 @@ def action(code: str) -> str:
 
 
 KNOWN, COMPUTED = action("final_answer(42)"), action("final_answer(6 * 7)")
+SEARCHED = action("final_answer(search('six times seven'))")
+
+
+def search_of(asked: list[str]) -> Any:
+    """A tool that knows the answer, and notes what it is asked."""
+
+    @tool
+    def search(query: str) -> str:
+        """Find it.
+
+        Args:
+            query: what.
+        """
+        asked.append(query)
+        return "42"
+
+    return search
 
 
 class Mind(Model):
@@ -78,11 +103,14 @@ class Mind(Model):
         )
 
 
-def run(mind: Mind, router: str | RouterConfig, sampler: SamplerConfig | None = None) -> Trajectory:
+def run(
+    mind: Mind, router: str | RouterConfig, sampler: SamplerConfig | None = None, tools: Sequence[Any] = ()
+) -> Trajectory:
     config = parse_router(router) if isinstance(router, str) else router
     assert config is not None
     agent = build_agent(
         mind,
+        tools,
         prompt=prompts.TOOLS_ALLOWED,
         sandbox="local",
         max_steps=2,
@@ -205,6 +233,87 @@ def test_log_probabilities_are_asked_for_once_where_they_are_refused(fault: int 
     )
     assert records[0].steps[0].route is not None
     assert records[0].steps[0].route.p_tool == 0.25  # as far as one draft tells without them
+
+
+@pytest.mark.parametrize(("answer", "right"), [(COMPUTED, True), (action("1 / 0"), False), (SEARCHED, False)])
+def test_an_answer_without_tools_may_compute_where_only_search_is_a_tool(answer: str, right: bool) -> None:
+    """As the partition of adaptation counts it, which asks without tools."""
+    asked: list[str] = []
+    record = run(Mind(direct=answer), RouterConfig(kind="never", tools="search"), tools=[search_of(asked)])
+    assert (record.correct, len(record.steps), asked) == (right, 1, [])
+    assert record.stop_reason == (StopReason.FINAL_ANSWER if right else StopReason.MAX_STEPS)
+    route = record.steps[0].route
+    assert route is not None
+    assert route.direct is (None if answer is SEARCHED else True)
+    assert not used_tool(record, "search")
+    asking = Respondent({}, lambda config: nullcontext((AgentConfig(sandbox="local"), Mind(direct=answer))))
+    with TemporaryDirectory() as folder:
+        (decision,) = partition([TASK], asking, Path(folder), AdaptConfig(tools="search"))
+    assert decision.easy is record.correct
+
+
+def test_routers_decide_by_what_counts_as_a_tool() -> None:
+    tools = [search_of([])]
+    for first, direct in ((COMPUTED, True), (SEARCHED, False)):
+        record = run(Mind(allowed=first, required=first), RouterConfig(tools="search"), tools=tools)
+        config = RouterConfig(kind="threshold", tools="search")
+        routes = [it.steps[0].route for it in (record, run(Mind(allowed=first), config, tools=tools))]
+        assert [route.direct for route in routes if route] == [direct, direct]
+        assert all((route.p_tool or 0.0) < 0.5 for route in routes if route) is direct
+
+
+def test_answers_that_compute_agree_when_they_are_one_program() -> None:
+    config = RouterConfig(kind="agreement", agreement=0.6, answers=3, tools="search")
+    spaced = action("final_answer(6*7)")
+    record = run(Mind(direct=[action("final_answer(41)"), COMPUTED, spaced]), config)
+    route = record.steps[0].route
+    assert route is not None
+    assert (record.answer, route.direct, route.agreement) == ("42", True, pytest.approx(2 / 3))
+    assert [draft.outcome for draft in route.drafts] == ["final answer: 41", None, None]
+    strict = run(Mind(direct=COMPUTED, required=KNOWN), config.model_copy(update={"tools": "both"}))
+    route = strict.steps[0].route
+    assert route is not None
+    assert (route.direct, route.agreement) == (False, 0.0)
+
+
+def test_repairs_of_drafts_are_in_the_record_and_only_what_was_taken_is_chosen() -> None:
+    config = RouterConfig(kind="threshold", threshold=0.5)
+    unclosed = COMPUTED.removesuffix("\n```")
+    route = run(Mind(allowed=unclosed), config).steps[0].route
+    assert route is not None
+    assert [(draft.repairs, draft.chosen) for draft in route.drafts] == [(("closed_fence",), True)]
+    sampled = run(Mind(allowed=[unclosed, COMPUTED]), config, SamplerConfig(n=2, confidence=None)).steps[0]
+    assert sampled.route is not None
+    assert [draft.chosen for draft in sampled.route.drafts] == [False]
+    assert len(sampled.candidates) == 2
+
+
+def test_an_override_keeps_what_it_does_not_name() -> None:
+    saved = RouterConfig(
+        kind="agreement", agreement=0.4, answers=9, temperature=1.1, top_p=0.9, seed=7, tools="search"
+    )
+    assert parse_router("agreement", saved=saved) == saved
+    assert parse_router("agreement:0.6", 3, saved) == saved.model_copy(update={"agreement": 0.6, "seed": 3})
+    other = RouterConfig(kind="threshold", threshold=0.3, seed=7, tools="search")
+    assert parse_router("threshold:0.3", saved=saved) == other
+    assert parse_router("none", saved=saved) is None
+    assert parse_router("never") == RouterConfig(kind="never")
+
+
+def test_flags_of_evaluation_keep_what_they_do_not_name(tmp_path: Path) -> None:
+    saved = TestTime(
+        sampler=SamplerConfig(n=8, temperature=1.0, batch=2, seed=1),
+        router=RouterConfig(kind="agreement", answers=9, seed=1, tools="search"),
+    )
+    (tmp_path / "student.json").write_text("{}")
+    save_test_time(tmp_path, saved)
+    assert _test_time(str(tmp_path), None, None, None, 5) == saved
+    found = _test_time(str(tmp_path), 4, "agreement:0.5", "code", 5)
+    assert found.sampler == SamplerConfig(n=4, temperature=1.0, batch=2, seed=5)
+    assert found.router == RouterConfig(kind="agreement", agreement=0.5, answers=9, seed=5, tools="code")
+    assert _test_time(str(tmp_path), 1, "none", None, 5) == TestTime()
+    compared = _test_time(str(tmp_path), None, "all", None, 5).router
+    assert compared == RouterConfig(seed=5, tools="search")
 
 
 @pytest.mark.parametrize("text", ["", "sometimes", "never:1", "threshold:2", "agreement:x", "agreement:nan"])
@@ -384,3 +493,10 @@ def test_evaluate_compares_all_routers_and_goes_on(tmp_path: Path) -> None:
             evaluate("one", router="never")
         with pytest.raises(ConfigError, match="another sampler"):
             evaluate("one", router="forced", actions=4)
+        with pytest.raises(ConfigError, match="another sampler"):
+            evaluate("all", router="all", actions=4)
+        with pytest.raises(ConfigError, match="another router"):
+            evaluate("all", router="all", tools="search")
+        search = evaluate("search", router="all", tools="search")
+        assert (search.tools, result.tools) == ("search", "both")
+        assert [found.routers["forced"].tool_rate for found in (search, result)] == [0.0, 1.0]

@@ -21,7 +21,7 @@ from agentkd.sandbox import CodeFailure, Outcome, open_sandbox
 from agentkd.sandbox.fork import ForkSandbox
 from agentkd.task import Task
 from agentkd.testing import FakeEndpoint, ScriptedModel
-from agentkd.trajectory import StopReason, Trajectory, Usage
+from agentkd.trajectory import Candidate, StopReason, Trajectory, Usage
 from agentkd.vote import Tally, lead_probability, same_outcome
 
 
@@ -107,6 +107,19 @@ def test_what_fails_or_does_not_parse_is_out(sandbox: ForkSandbox) -> None:
     assert done.outcome.value == 42
     kinds = [None if c.failure is None else c.failure.kind for c in done.candidates]
     assert kinds == ["parse", "execution", "execution", "timeout", None]
+
+
+@pytest.mark.parametrize("kind", ["fork", "local"])
+def test_what_was_mended_in_a_loser_is_in_the_record(kind: str) -> None:
+    session = open_sandbox(kind)
+    loser = "Thought: go.\n```python\n41"  # its fence is closed for it
+    texts = [loser, action("42"), action("42") + "\nThat is all."]
+    done = fixed(3).act(Scripted(texts), parse_action, session)
+    session.cleanup()
+    assert [candidate.chosen for candidate in done.candidates] == [False, True, False]
+    assert [candidate.repairs for candidate in done.candidates] == [("closed_fence",), (), ("dropped_tail",)]
+    old = done.candidates[0].model_dump(mode="json", exclude={"repairs"})
+    assert Candidate.model_validate(old).repairs == ()
 
 
 @pytest.mark.parametrize(("policy", "value"), [("first", "ZeroDivisionError"), ("likeliest", "NameError")])

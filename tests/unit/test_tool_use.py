@@ -10,7 +10,7 @@ import pytest
 from agentkd.errors import ConfigError
 from agentkd.prompt import DIRECT, STUDENT, TOOL_PROMPTS, TOOLS_ALLOWED, TOOLS_REQUIRED, system_prompt
 from agentkd.task import Task
-from agentkd.tool_use import ToolUsage, is_direct, tool_usage_accuracy, used_tool
+from agentkd.tool_use import ToolUsage, is_direct, tool_usage_accuracy, used_tool, without_tools
 from agentkd.trajectory import Failure, Step, StopReason, ToolUse, Trajectory
 
 
@@ -76,6 +76,27 @@ def test_a_lone_final_answer_of_a_literal_is_direct(code: str) -> None:
 )
 def test_anything_else_is_not(code: str | None) -> None:
     assert not is_direct(code)
+
+
+@pytest.mark.parametrize(
+    ("code", "search", "otherwise"),
+    [
+        ("final_answer(7)", True, True),
+        ("final_answer(6 * 7)", True, False),
+        ("import math\nprint(math.prod([6, 7]))", True, False),
+        ("final_answer(search('x'))", False, False),
+        ("find = search\nfinal_answer(find('x'))", False, False),
+        ("def f():\n    return [search(q) for q in 'ab']\nfinal_answer(f())", False, False),
+        ("final_answer('search')", True, True),
+        ("final_answer(", False, False),
+        ("", False, False),
+        (None, False, False),
+    ],
+)
+def test_what_may_be_done_without_tools(code: str | None, search: bool, otherwise: bool) -> None:
+    tools = {"search": object(), "final_answer": object()}
+    assert without_tools(code, "search", tools) is search
+    assert without_tools(code, "both", tools) is without_tools(code, "code", tools) is otherwise
 
 
 def test_a_trajectory_is_direct_when_nothing_ran_before_its_lone_answer() -> None:

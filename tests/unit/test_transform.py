@@ -11,12 +11,12 @@ import pytest
 from agentkd.errors import ConfigError, DataError, ProviderError
 from agentkd.model import openai_model
 from agentkd.prompt import action_text
-from agentkd.record import read_trajectories, write_jsonl
+from agentkd.record import read_json, read_trajectories, write_jsonl
 from agentkd.retrieval import Passage
 from agentkd.retrieval.bm25 import BM25Retriever
 from agentkd.task import Task
 from agentkd.testing import FakeEndpoint
-from agentkd.trajectory import Score, Step, StopReason, Trajectory
+from agentkd.trajectory import Change, Score, Step, StopReason, Trajectory
 from agentkd.transform import TRANSFORMS, Means, make_transform, transform_run
 from agentkd.transform.means import Answers
 from agentkd.transform.mix import gap_shares
@@ -311,3 +311,55 @@ def test_answers_survive_a_torn_line(tmp_path: Path) -> None:
     assert again.text("q", lambda: pytest.fail("asked twice")) == "a"
     assert again.value("r", lambda: 0.5) == 0.5
     again.close()
+
+
+EARLIER = Change(by="earlier", source="before#0", note="by hand", settings={"k": 1})
+TALKATIVE = made("it", step(1, "Idle talk. This is needed! More talk.", "final_answer(42)"))
+SHORT = "Difficulty: easy\nThought 1: I print it."
+PLAN = "Plan: find the number, then answer."
+ON = "Thought: One more.\n```python\nfinal_answer(x + 1)\n```"
+PROVENANCE: dict[str, tuple[Trajectory, dict[str, Any], str | None]] = {
+    "shorten": (AGENT, {"easy": 9}, SHORT),
+    "plan-first": (AGENT, {"max_words": 20}, PLAN),
+    "retro-search": (DOUBTS, {"sandbox": "local", "samples": 2}, ON),
+    "skip-chunks": (TALKATIVE, {"min_chunks": 1, "tolerance": 0.25}, None),
+    "student-friendly": (AGENT, {"per_task": 2}, None),
+    "success-gap": (AGENT, {"smoothing": 0.5, "seed": 4}, None),
+    "temperature": (AGENT.model_copy(update={"config": {"temperature": 0.5}}), {"seed": 3}, None),
+    "passages": (COT, {"k": 1}, None),
+}
+"""What each transform is given (the trajectory, settings that are not its defaults, a model's answer)."""
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_says_what_it_made_of_what(tmp_path: Path, name: str) -> None:
+    item, settings, answer = PROVENANCE[name]
+    item = item.model_copy(update={"changes": (EARLIER,)})
+    means = {
+        "student": Counting(),
+        "teacher_runs": [AGENT],
+        "student_runs": [AGENT.model_copy(update={"answer": "1", "score": Score(value=0.0, scorer="exact")})],
+        "retriever": BM25Retriever([Passage(id="1", title="It", text="It is 42.")]),
+    }
+    if answer is not None:
+        (done,) = asked(tmp_path, name, [item], lambda _: answer, **settings)
+    else:
+        (done,) = run(tmp_path, name, [item], settings, **means)
+    assert (done.task, done.model, done.system_prompt, done.kind) == (
+        item.task,
+        item.model,
+        item.system_prompt,
+        item.kind,
+    )
+    earlier, change = done.changes
+    assert earlier == EARLIER
+    assert (change.by, change.source) == (name, item.id)
+    assert change.note
+    assert change.settings == make_transform(name, settings).settings.model_dump(mode="json")
+    assert change.settings.items() >= settings.items()
+    manifest = read_json(tmp_path / "out" / "manifest.json")
+    assert manifest["config"] == {"transform": name, "settings": change.settings}
+    for old, new in zip(item.steps, done.steps, strict=False):
+        if new.output != old.output and name != "retro-search":  # which took other steps
+            assert new.raw == old.raw
+            assert new.repairs == (name,)
