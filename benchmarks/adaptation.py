@@ -9,7 +9,7 @@ directly what it knows, and trained on the balanced mix (``agentkd adapt``, ``ag
 Compared are the student before (always-tool), the adapted one under its stock prompt, and the adapted one
 under the prompt without tools (never-tool). Accuracy with 95% Wilson intervals, tool-usage accuracy
 (easy and hard by the adapted student's own direct answers) with a 95% interval, and prompt plus sampled
-tokens a question. About half an hour on two free cores; ``--quick`` shows in some minutes that it runs. An
+tokens a question. About forty minutes of CPU time; ``--quick`` shows in some minutes that it runs. An
 unfinished run goes on where it stopped.
 """
 
