@@ -152,8 +152,7 @@ def check(out: Path, teacher: Teacher, count: int, repeats: int) -> None:
         count: its tasks.
         repeats: calls that were in flight when it was stopped, over all times.
     """
-    keys = Counter((call.rollout, call.restart, call.key) for call in iter_calls(out) if call.kind != "begin")
-    assert not [key for key, times in keys.items() if times > 1], "a finished call stands in the log twice"
+    check_log(out)
     repeated = sum(times - 1 for times in teacher.answered.values())
     print(f"{repeated} of {sum(teacher.answered.values())} calls repeated, {repeats} were in flight")
     assert repeated <= repeats
@@ -165,6 +164,11 @@ def check(out: Path, teacher: Teacher, count: int, repeats: int) -> None:
     assert found == expected
     assert len(teacher.answered) == 3 * count
     assert not (out / "errors.jsonl").exists()
+
+
+def check_log(out: Path) -> None:
+    keys = Counter((call.rollout, call.restart, call.key) for call in iter_calls(out) if call.kind != "begin")
+    assert not [key for key, times in keys.items() if times > 1], "a finished call stands in the log twice"
 
 
 def whole_lines(out: Path) -> dict[Path, list[bytes]]:
