@@ -192,58 +192,6 @@ def test_who_looks_on_is_told_of_a_wait_while_it_lasts(tmp_path: Path, processes
     assert not seen[-1].waits
 
 
-def test_a_clock_that_jumps_loses_nothing_and_ends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The wall clock goes forth and back by years, the server says when to come back as a date, and the
-    run has a limit of hours."""
-    began, wall, asked = time.monotonic(), time.time, [0]
-
-    def jumping() -> float:
-        asked[0] += 1
-        return wall() + (-1) ** asked[0] * 3e8
-
-    def reply(messages: list[dict[str, Any]]) -> Any:
-        if len(messages) == 1:
-            return "ok"
-        if time.monotonic() < began + 1.0:
-            headers = {
-                "date": "Wed, 21 Oct 2015 07:28:00 GMT",
-                "retry-after": "Wed, 21 Oct 2015 07:28:01 GMT",
-            }
-            return 429, b"{}", headers
-        return teacher(messages)
-
-    monkeypatch.setattr(time, "time", jumping)
-    with FakeEndpoint(reply) as endpoint:
-        settings = {"budget": Budget(max_hours=0.1), "gate": GateConfig(requests_per_minute=60_000)}
-        done = collect(config(tmp_path, endpoint.url, 12, **settings), tmp_path / "run")
-    assert asked[0] > 20, "the clock was looked at, and jumped"
-    assert (done.missing, done.stopped) == (0, None)
-    assert time.monotonic() - began < 20
-    assert all(0 <= item.seconds < 20 for item in done.trajectories)
-    calls = [call for call in iter_calls(tmp_path / "run") if call.kind == "model"]
-    assert len(calls) == 24
-    assert all(0 <= call.seconds < 20 for call in calls)
-
-
-def test_a_clock_that_is_set_back_does_not_lengthen_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wall, asked = time.time, [0]
-
-    def slowing() -> float:
-        asked[0] += 1
-        return wall() - 1000.0 * asked[0]
-
-    monkeypatch.setattr(time, "time", slowing)
-    with FakeEndpoint(teacher) as endpoint:
-        limited = config(tmp_path, endpoint.url, 2000, budget=Budget(max_hours=0.5 / 3600))
-        done = collect(limited, tmp_path / "run")
-    assert done.stopped is not None
-    assert done.missing > 0
-
-
 def test_counts_that_cannot_be_end_no_budget_and_are_noted(tmp_path: Path) -> None:
     wrong = [10**12, -7, "many", 10**9]
     replies = [0]
