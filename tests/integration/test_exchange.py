@@ -82,6 +82,7 @@ def test_the_commands(tmp_path: Path) -> None:
         "duplicates": 120,
         "missing_shards": [],
         "missing_tasks": 0,
+        "logged": 0,
     }
 
 
