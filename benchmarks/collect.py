@@ -114,7 +114,7 @@ def memory_of(n: int, workers: int, options: argparse.Namespace) -> PeakMemory:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round of fewer rollouts (two minutes)")
+    parser.add_argument("--quick", action="store_true", help="one round of fewer rollouts (three minutes)")
     parser.add_argument("--sandbox", default=None, help="the default backend where there is one, else local")
     parser.add_argument("--processes", type=int, default=0, help="of agentkd; by the workers by default")
     options = parser.parse_args()
