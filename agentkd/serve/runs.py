@@ -51,13 +51,18 @@ class RunLog:
         return True
 
     def close(self) -> None:
-        """Close the files, and the folder with its manifest; says on stderr where that fails."""
+        """Close the files, and the folder with its manifest; says on stderr where that fails.
+
+        A folder that has lost rollouts gets no manifest: it is not the whole of what was served.
+        """
         outputs = [self._finished.path, self._failed.path]
         counts = {"saved": self.saved, "lost": self.lost}
         try:
             with boundary(StorageError, f"closing {self.folder}"):
                 self._finished.close()
                 self._failed.close()
+                if self.lost:
+                    raise StorageError(f"{self.lost} rollouts were not saved.")
                 write_manifest(self.folder, stage="serve", config={}, counts=counts, outputs=outputs)
         except StorageError as exc:  # the server is ending, and an answer is never at stake any more
             print(f"{self.folder} was not closed: {exc}", file=sys.stderr)
