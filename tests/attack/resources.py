@@ -68,20 +68,24 @@ while True:
     Attack(
         "memory in many processes",
         """
-import os, time
+import os, select, time
+filled, mine = os.pipe()
 pids = []
 for _ in range(10):
-    pid = os.fork()
-    if pid == 0:
+    pids.append(os.fork())
+    if pids[-1] == 0:
         try:
             room = bytearray(120 << 20)
             for at in range(0, len(room), 4096):
                 room[at] = 1
+            os.write(mine, b"x")
             time.sleep(20)
         finally:
             os._exit(1)
-    pids.append(pid)
-time.sleep(1.5)
+until, have = time.monotonic() + 4, 0
+while have < 10 and select.select([filled], [], [], max(0, until - time.monotonic()))[0]:
+    have += len(os.read(filled, 10))
+time.sleep(1)  # what looks after the session may take a moment
 alive = [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0] == 0]
 len(alive) >= 10
 """,
