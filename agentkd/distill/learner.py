@@ -23,6 +23,7 @@ from agentkd.distill.examples import Example
 from agentkd.distill.inherit import take_over
 from agentkd.distill.kernels import merged_linear, packed_attention, rms_norm, swiglu, target_loss
 from agentkd.distill.shard import Compute, shard
+from agentkd.engine.decoder import cpu_dtype
 
 __all__ = ["Learner", "compute_dtype"]
 
@@ -37,13 +38,7 @@ def compute_dtype(precision: str) -> torch.dtype:
         return torch.bfloat16 if precision == "bf16" else torch.float32
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    able = torch.backends.cpu.get_cpu_capability() == "AVX512" and _flag("avx512_bf16")
-    return torch.bfloat16 if able else torch.float32
-
-
-def _flag(name: str) -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.is_file() and name in info.read_text(encoding="utf-8", errors="replace")
+    return cpu_dtype()
 
 
 class Learner:

@@ -105,7 +105,7 @@ class TorchEngine:
             adapter: folder with a peft adapter; a folder with a whole model stands in for the base.
             max_batch: samples decoded at the same time.
             threads: CPU threads in all.
-            dtype: of the weights; by default bf16, or fp32 on processors that are slow at bf16.
+            dtype: of the weights; by default bf16, or fp32 on processors that do not multiply in it.
             device: "cpu" or "cuda"; by default cuda where there is one.
 
         Raises:
