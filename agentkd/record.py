@@ -168,6 +168,9 @@ class AppendLog:
 
     Raises:
         ConfigError: another process is writing the file.
+
+    Attributes:
+        failed: whether a write has failed; the file can be opened anew.
     """
 
     def __init__(self, path: Path, *, fsync: bool = True) -> None:
@@ -177,7 +180,7 @@ class AppendLog:
         self.fsync = fsync
         self._write_lock, self._sync_lock = threading.Lock(), threading.Lock()
         self._written = self._synced = 0
-        self._failed = False
+        self.failed = False
         with boundary(StorageError, f"opening {path}", _WRITE_HINT):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Without a buffer, which would try to write what is left of a failed line again later.
@@ -223,7 +226,7 @@ class AppendLog:
                 self._sync(mine)
 
     def _refuse_if_failed(self) -> None:
-        if self._failed:
+        if self.failed:
             raise StorageError(f"Nothing more is written to {self.path}: a write has failed.", _WRITE_HINT)
 
     def _write(self, data: bytes) -> None:
@@ -233,11 +236,11 @@ class AppendLog:
             while left:
                 left = left[self._file.write(left) :]
         except BaseException as exc:
-            self._failed = isinstance(exc, OSError)
+            self.failed = isinstance(exc, OSError)
             try:
                 self._file.truncate(self._end)
             except OSError:
-                self._failed = True  # the torn line is cut off when the file is opened again
+                self.failed = True  # the torn line is cut off when the file is opened again
             raise
         self._end += len(data)
 
@@ -249,7 +252,7 @@ class AppendLog:
                 try:
                     os.fsync(self._file.fileno())
                 except OSError:
-                    self._failed = True  # asked again, the system may say that all is well
+                    self.failed = True  # asked again, the system may say that all is well
                     raise
                 self._synced = upto
 
@@ -264,7 +267,7 @@ class AppendLog:
             with boundary(StorageError, f"writing {self.path}", _WRITE_HINT):
                 self._file.close()
         except StorageError:
-            if not self._failed:
+            if not self.failed:
                 raise
 
     def __enter__(self) -> Self:

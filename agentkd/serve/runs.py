@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-from agentkd.errors import StorageError, boundary
+from agentkd.errors import ConfigError, StorageError, boundary
 from agentkd.record import AppendLog, write_manifest
 from agentkd.trajectory import Trajectory
 
@@ -28,20 +28,21 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._finished = AppendLog(folder / "trajectories.jsonl")
-        self._failed = AppendLog(folder / "errors.jsonl")
+        self._logs = {name: AppendLog(folder / name) for name in ("trajectories.jsonl", "errors.jsonl")}
         self._lock = threading.Lock()
         self.saved = self.lost = 0
 
     def add(self, trajectory: Trajectory) -> bool:
         """Append one rollout; False, and a line on stderr, where the disk does not take it.
 
-        The answer is there all the same, so a full disk does not keep it from the client.
+        The answer is there all the same, so a full disk does not keep it from the client. The next rollout
+        is saved again once there is room.
         """
-        log = self._failed if trajectory.stop_reason.is_error else self._finished
         try:
-            log.append(trajectory)
-        except StorageError as exc:
+            self._log("errors.jsonl" if trajectory.stop_reason.is_error else "trajectories.jsonl").append(
+                trajectory
+            )
+        except (StorageError, ConfigError) as exc:
             with self._lock:
                 self.lost += 1
             print(f"{trajectory.id} was not saved: {exc}", file=sys.stderr)
@@ -50,17 +51,25 @@ class RunLog:
             self.saved += 1
         return True
 
+    def _log(self, name: str) -> AppendLog:
+        """A log that can be written; one that a write has failed in is opened again, which mends it."""
+        with self._lock:
+            if self._logs[name].failed:
+                self._logs[name].close()
+                self._logs[name] = AppendLog(self.folder / name)
+            return self._logs[name]
+
     def close(self) -> None:
         """Close the files, and the folder with its manifest; says on stderr where that fails.
 
         A folder that has lost rollouts gets no manifest: it is not the whole of what was served.
         """
-        outputs = [self._finished.path, self._failed.path]
+        outputs = [log.path for log in self._logs.values()]
         counts = {"saved": self.saved, "lost": self.lost}
         try:
             with boundary(StorageError, f"closing {self.folder}"):
-                self._finished.close()
-                self._failed.close()
+                for log in self._logs.values():
+                    log.close()
                 if self.lost:
                     raise StorageError(f"{self.lost} rollouts were not saved.")
                 write_manifest(self.folder, stage="serve", config={}, counts=counts, outputs=outputs)
