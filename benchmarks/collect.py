@@ -24,6 +24,8 @@ from collect_costs import PeakMemory, import_cost, profile
 from collect_systems import ANSWER, STEPS
 from sandbox import Meter, children
 
+from agentkd.collect import default_processes
+
 
 class Endpoint:
     """The mock endpoint in a process of its own."""
@@ -56,7 +58,7 @@ def reap(other: int) -> None:
 
 
 def command_of(system: str, n: int, workers: int, url: str, options: argparse.Namespace) -> list[str]:
-    processes = options.processes or max(1, min(os.cpu_count() or 1, workers // 96))
+    processes = options.processes or default_processes(workers)
     command = [sys.executable, collect_systems.__file__, "--run", system, "--url", url]
     return [
         *command,

@@ -15,7 +15,7 @@ A run is a folder:
 A run that was stopped goes on where it stopped, inside a trajectory if need be.
 """
 
-from agentkd.collect.config import CollectConfig, TeacherConfig, load_teachers
+from agentkd.collect.config import CollectConfig, TeacherConfig, default_processes, load_teachers
 from agentkd.collect.estimate import Estimate, estimate
 from agentkd.collect.replay import replay
 from agentkd.collect.run import Collected, collect, count_faults, expect, price_table
@@ -27,6 +27,7 @@ __all__ = [
     "TeacherConfig",
     "collect",
     "count_faults",
+    "default_processes",
     "estimate",
     "expect",
     "load_teachers",

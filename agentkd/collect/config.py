@@ -20,9 +20,18 @@ from agentkd.shard import Shard
 from agentkd.spend import Budget, Price
 from agentkd.task import Task
 
-__all__ = ["CollectConfig", "TeacherConfig", "load_teachers"]
+__all__ = ["CollectConfig", "TeacherConfig", "default_processes", "load_teachers"]
 
 _EXAMPLE = 'Write [[teachers]], then model = "NAME" and api_base = "http://HOST:PORT/v1".'
+
+
+def default_processes(workers: int) -> int:
+    """Processes that so many rollouts in flight are divided among.
+
+    One process keeps up with a hundred as long as it has a core. Sandboxes take several times the time that
+    it does, so that on fewer than four cores a second process only costs its start.
+    """
+    return max(1, min((os.cpu_count() or 1) // 2, workers // 96))
 
 
 class TeacherConfig(BaseModel):

@@ -153,7 +153,7 @@ def collect(
     if tasks is None:
         raise ConfigError("No tasks were given.", "Pass --tasks, for instance --tasks gym:lcm.")
     from agentkd.agent_config import AgentConfig
-    from agentkd.collect import CollectConfig
+    from agentkd.collect import CollectConfig, default_processes
     from agentkd.first_thought import FirstThoughtConfig
     from agentkd.gate import GateConfig
     from agentkd.spend import Budget, load_prices
@@ -183,7 +183,7 @@ def collect(
             enough=enough,
             temperatures=_numbers(temperatures),
             workers=first.workers or workers,
-            processes=processes or _processes(workers),
+            processes=processes or default_processes(workers),
             gate=first.gate
             if first.gate != GateConfig()
             else GateConfig(retries=retries, requests_per_minute=rpm, tokens_per_minute=tpm),
@@ -302,13 +302,6 @@ def _numbers(text: str | None) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:
         raise ConfigError(f"{text!r} are no numbers.", 'Write --temperatures like "0,0.7,1".') from None
-
-
-def _processes(workers: int) -> int:
-    """One process keeps up with some hundred rollouts in flight; more of them want more cores."""
-    import os
-
-    return max(1, min(os.cpu_count() or 1, workers // 96))
 
 
 def _teachers(path: Path | None) -> tuple[TeacherConfig, ...]:
