@@ -37,7 +37,7 @@ def assess(
     n: int | None,
     split: str,
     seed: int,
-    endpoint: tuple[str | None, str | None, str | None],
+    endpoint: _Endpoint,
     kind: str | None,
     sandbox: str,
     corpus: str | None,
@@ -72,69 +72,73 @@ def assess(
         DataError: ``tasks`` or ``trained_on`` cannot be read.
         ProviderError: some rollouts ended by errors; what is finished is kept.
     """
-    api_base, model, api_key = endpoint
-    if (student is None) == (api_base is None):
-        raise ConfigError("Evaluate what?", "Give either a student folder or --api-base and --model.")
-    if api_base is not None and model is None:
-        raise ConfigError("No model was named.", "Pass --model as the endpoint lists it.")
-    taskset = load_taskset(tasks, split, n, seed)
-    retriever = open_corpus(corpus, taskset.passages).retriever
     compare = router == ALL_ROUTERS
+    _refuse(student, endpoint, save=save)
     if compare and (runs > 1 or trained_on is not None):
         raise ConfigError("Routers are compared on one run.", "Leave --runs and --trained-on out.")
-    if save and (student is None or not (Path(student) / "student.json").is_file()):
-        raise ConfigError("Only a student's folder keeps settings.", "Leave --save-test-time out.")
     if target_tokens is not None and not compare:
         raise ConfigError("A target is for choosing among routers.", "Add --router all.")
+    api_base, model, _ = endpoint
+    taskset = load_taskset(tasks, split, n, seed)
     test_time = _test_time(student, actions, router, tools, seed)
     label = Path(student).resolve().name if student else str(model)
     found_twice = None if trained_on is None else _overlap(trained_on, taskset.tasks)
     same = _same(student, model, kind, temperature=temperature, max_tokens=max_tokens)
-    same |= test_time.model_dump(mode="json")
-
-    def opened() -> AbstractContextManager[tuple[AgentConfig, Any]]:
-        asked = (kind, sandbox, temperature, max_tokens)
-        if student is not None:
-            return _student(student, asked, test_time)
-        return _endpoint(api_base, model, api_key, asked, test_time)
-
     shared: dict[str, Any] = {
-        "retriever": retriever,
+        "retriever": open_corpus(corpus, taskset.passages).retriever,
         "workers": workers,
-        "same": same,
+        "same": same | test_time.model_dump(mode="json"),
         "on_progress": on_progress,
     }
+    asked = (kind, sandbox, temperature, max_tokens)
+    system = _endpoint(endpoint, asked, test_time) if student is None else _student(student, asked, test_time)
+    with _once(system) as source:
+        if compare:
+            found = compare_routers(label, taskset.tasks, source, out, config=test_time.router, **shared)
+            tuned = tuned_router(found, target_tokens, test_time.router)
+            test_time = test_time.model_copy(update={"router": tuned})
+            result: tuple[SystemResult | RoutingResult, Any] = found, routing_table(found, tuned)
+        else:
+            costs = _prices(prices, model, api_base)
+            more: dict[str, Any] = {"samples": runs, "seed": seed, "prices": costs, **shared}
+            figures, _ = run_evaluation(label, taskset.tasks, source, out, **more)
+            if found_twice is not None:
+                write_json(out / "overlap.json", [item._asdict() for item in found_twice])
+            result = figures, comparison_table([figures])
+    if save:
+        save_test_time(str(student), test_time)
+    return result
+
+
+_Endpoint = tuple[str | None, str | None, str | None]
+"""URL, model and key."""
+_System = AbstractContextManager[tuple[AgentConfig, Any]]
+
+
+def _refuse(student: str | None, endpoint: _Endpoint, *, save: bool) -> None:
+    """Raises that it is not said what to evaluate, or that nothing can be kept there."""
+    api_base, model, _ = endpoint
+    if (student is None) == (api_base is None):
+        raise ConfigError("Evaluate what?", "Give either a student folder or --api-base and --model.")
+    if api_base is not None and model is None:
+        raise ConfigError("No model was named.", "Pass --model as the endpoint lists it.")
+    if save and (student is None or not (Path(student) / "student.json").is_file()):
+        raise ConfigError("Only a student's folder keeps settings.", "Leave --save-test-time out.")
+
+
+@contextmanager
+def _once(system: _System) -> Iterator[Callable[[], _System]]:
+    """A system that is opened when it is first needed, and once."""
     with ExitStack() as stack:
-        system: list[tuple[AgentConfig, Any]] = []
+        opened: list[tuple[AgentConfig, Any]] = []
 
         @contextmanager
         def source() -> Iterator[tuple[AgentConfig, Any]]:
-            """The system, opened when it is first needed, and once."""
-            if not system:
-                system.append(stack.enter_context(opened()))
-            yield system[0]
+            if not opened:
+                opened.append(stack.enter_context(system))
+            yield opened[0]
 
-        if not compare:
-            result, _ = run_evaluation(
-                label,
-                taskset.tasks,
-                source,
-                out,
-                samples=runs,
-                seed=seed,
-                prices=_prices(prices, model, api_base),
-                **shared,
-            )
-            if found_twice is not None:
-                write_json(out / "overlap.json", [item._asdict() for item in found_twice])
-            if save:
-                save_test_time(str(student), test_time)
-            return result, comparison_table([result])
-        found = compare_routers(label, taskset.tasks, source, out, config=test_time.router, **shared)
-    tuned = tuned_router(found, target_tokens, test_time.router)
-    if save:
-        save_test_time(str(student), test_time.model_copy(update={"router": tuned}))
-    return found, routing_table(found, tuned)
+        yield source
 
 
 def _same(student: str | None, model: str | None, kind: str | None, **sampling: Any) -> dict[str, Any]:
@@ -211,11 +215,10 @@ def _student(what: str, asked: _Asked, test_time: TestTime) -> Iterator[tuple[Ag
 
 
 @contextmanager
-def _endpoint(
-    api_base: str | None, model: str | None, api_key: str | None, asked: _Asked, test_time: TestTime
-) -> Iterator[tuple[AgentConfig, Any]]:
+def _endpoint(endpoint: _Endpoint, asked: _Asked, test_time: TestTime) -> Iterator[tuple[AgentConfig, Any]]:
     from agentkd.model import check_endpoint
 
+    api_base, model, api_key = endpoint
     assert api_base is not None
     assert model is not None
     check_endpoint(api_base, model, api_key)
