@@ -1,10 +1,12 @@
 """Training speed and memory beside TRL's SFTTrainer with peft: same base, data, masks and LoRA settings.
 
-Three ways take turns, each in a process of its own: ours, TRL at its defaults, and TRL packed (bf16, without
-gradient checkpointing); what each was set to is printed. Before that the masks are compared token by token,
-and the first token of each kind of difference is shown with the text around it. TRL makes its mask of the
-chat template and learns failed steps, so for the comparison ours learns them, too. ``--quick`` makes one run
-of few steps.
+Three ways take turns, each in a process of its own: ours, TRL at its defaults, and TRL packed, without
+gradient checkpointing; what each was set to is printed. All are in bf16 where the hardware multiplies in it,
+else in fp32, where TRL left to itself takes bf16 all the same and many times as long, and where a packed
+batch at once does not fit 24 GB, so that TRL has a quarter of it at a time. Before that the masks are
+compared token by token, and the first token of each kind of difference is shown with the text around it. TRL
+makes its mask of the chat template and learns failed steps, so for the comparison ours learns them, too.
+``--quick`` makes one run of few steps.
 """
 
 from __future__ import annotations
@@ -80,19 +82,25 @@ def trainer(
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
+    from agentkd.distill.learner import compute_dtype
+
     torch.set_num_threads(config.threads or torch.get_num_threads())
     base = resolve_model(config.base)
     tokenizer = load_tokenizer(base)
     tokenizer.chat_template = MARKED
     rows = [{"messages": trajectory_messages(it, examples.system_prompt)} for it in items]
-    better = {"packing": True, "bf16": True, "gradient_checkpointing": False} if packed else {}
+    bf16 = compute_dtype(config.precision) == torch.bfloat16
+    together = config.batch_size if bf16 or not packed else config.batch_size // 4
+    better = {"packing": True, "gradient_checkpointing": False} if packed else {}
     return SFTTrainer(
         load_model(base, torch.float32),
         args=SFTConfig(
             output_dir=str(out),
             use_cpu=True,
+            bf16=bf16,
             max_steps=config.steps or 1,
-            per_device_train_batch_size=config.batch_size,
+            per_device_train_batch_size=together,
+            gradient_accumulation_steps=config.batch_size // together,
             learning_rate=config.learning_rate,
             max_length=config.max_length,
             assistant_only_loss=True,
