@@ -14,6 +14,10 @@ EXTRAS := tasks,train,track,serve,report,mcp,e2b,dense,documents,exchange,ray,pr
 # torch is named alone so that pip takes a CPU build where one is offered; on a GPU machine use TORCH=torch.
 TORCH ?= torch==2.13.0
 
+# Two test processes, each with files of its own; JOBS=0 for one.
+JOBS ?= 2
+SIDE_BY_SIDE := --numprocesses $(JOBS) --dist loadfile
+
 .PHONY: help install demo demo-tiny demo-full test test-slow test-vllm gpu-check check format clean
 
 help:  ## show this
@@ -39,10 +43,10 @@ demo-full: install  ## more test tasks and a longer baseline, an hour or more
 	$(BIN)/agentkd quickstart --full --out $(OUT)-full
 
 test: install  ## all tests that need no special machine
-	$(BIN)/python -m pytest -m "not slow and not vllm and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not vllm and not gpu" $(SIDE_BY_SIDE)
 
 test-slow: install  ## the longer checks
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(SIDE_BY_SIDE)
 
 test-vllm: install $(VLLM_READY)  ## against a real vLLM: a CPU build of its own (3.5 GB), or that of AGENTKD_VLLM_PYTHON
 	AGENTKD_VLLM_PYTHON=$(AGENTKD_VLLM_PYTHON) $(BIN)/python -m pytest -m vllm --timeout 3600
