@@ -13,6 +13,7 @@ from agentkd.errors import ConfigError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from agentkd.engine.decoder import cpu_dtype  # noqa: E402
 from agentkd.engine.weights import cache_dir, load_model, load_tokenizer, model_hash, resolve_model  # noqa: E402
 
 torch.set_num_threads(1)
@@ -134,3 +135,28 @@ def test_an_engine_with_an_adapter_generates_like_the_adapted_model(folder: Path
     assert done.logprobs[0] == pytest.approx(float(wanted.max()), abs=1e-4)
     with pytest.raises(ConfigError, match="adapter"):
         TorchEngine.load(folder, adapter=tmp_path / "none", **options)
+
+
+@pytest.mark.parametrize(
+    ("capability", "flags", "wanted"),
+    [
+        ("AVX512", "fpu avx512f avx512_bf16", torch.bfloat16),
+        ("AVX512", "fpu avx512f", torch.float32),
+        ("AVX2", "fpu avx2 avx512_bf16", torch.float32),  # torch was told to use less than there is
+    ],
+)
+def test_the_precision_on_a_cpu_is_what_the_processor_multiplies_in(
+    capability: str, flags: str, wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what a clock says, so that engines on a busy machine agree, and with the training."""
+    from agentkd.distill.learner import compute_dtype
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: f"flags : {flags}\n")
+    cpu_dtype.cache_clear()
+    try:
+        assert cpu_dtype() == compute_dtype("auto") == wanted
+    finally:
+        cpu_dtype.cache_clear()
