@@ -2,7 +2,7 @@
 
 Three ways take turns, each in a process of its own: ours, TRL at its defaults, and TRL packed, without
 gradient checkpointing; what each was set to is printed. All are in bf16 where the hardware multiplies in it,
-else in fp32, where TRL left to itself takes bf16 all the same and many times as long, and where a packed
+else in fp32, where TRL left to itself takes bf16 all the same and more than twice as long, and where a packed
 batch at once does not fit 24 GB, so that TRL has a quarter of it at a time. Before that the masks are
 compared token by token, and the first token of each kind of difference is shown with the text around it. TRL
 makes its mask of the chat template and learns failed steps, so for the comparison ours learns them, too.

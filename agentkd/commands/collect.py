@@ -107,7 +107,10 @@ def collect(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one call of the endpoint.")] = 600.0,
     workers: Workers = 16,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that divide the workers; by their number by default.")
+        int | None,
+        typer.Option(
+            min=1, help="Processes that divide the workers; by default as workers and cores suggest."
+        ),
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="Repeats of a call that fails.")] = 5,
     rpm: Annotated[float | None, typer.Option(min=1, help="Requests a minute, at most.")] = None,

@@ -16,6 +16,7 @@ from agentkd.errors import ConfigError
 __all__ = ["Decoder", "cpu_dtype", "prepare_model"]
 
 _ATTENTION = "agentkd"
+_CPU_INFO = Path("/proc/cpuinfo")
 _PREFILL_CHUNK = 1024
 """Prompt tokens in one pass; bounds the memory of a long prompt's mask."""
 
@@ -167,6 +168,5 @@ def cpu_dtype() -> torch.dtype:
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return torch.float32
-    info = Path("/proc/cpuinfo")
-    able = info.is_file() and "avx512_bf16" in info.read_text(encoding="utf-8", errors="replace")
+    able = _CPU_INFO.is_file() and "avx512_bf16" in _CPU_INFO.read_text(encoding="utf-8", errors="replace")
     return torch.bfloat16 if able else torch.float32

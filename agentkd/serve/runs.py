@@ -38,10 +38,9 @@ class RunLog:
         The answer is there all the same, so a full disk does not keep it from the client. The next rollout
         is saved again once there is room.
         """
+        name = "errors.jsonl" if trajectory.stop_reason.is_error else "trajectories.jsonl"
         try:
-            self._log("errors.jsonl" if trajectory.stop_reason.is_error else "trajectories.jsonl").append(
-                trajectory
-            )
+            self._log(name).append(trajectory)
         except (StorageError, ConfigError) as exc:
             with self._lock:
                 self.lost += 1

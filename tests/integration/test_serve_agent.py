@@ -284,12 +284,13 @@ def test_a_full_disk_does_not_keep_the_answer_back(
         assert answer.agentkd["saved"] is False
         page = httpx.get(str(client.base_url.join("/metrics"))).text
         assert "agentkd_runs_lost_total 1.0" in page and "agentkd_runs_saved_total 0.0" in page
+        assert ask(client, "Say hello.").agentkd["saved"] is False
         log.unlink()  # there is room again
         assert ask(client, "Say hello.").agentkd["saved"] is True
     assert len(read_trajectories(log)) == 1
     assert not (tmp_path / "runs" / "manifest.json").exists()
     told = capsys.readouterr().err
-    assert "was not saved" in told and "1 rollouts were not saved" in told
+    assert "was not saved" in told and "2 rollouts were not saved" in told
 
 
 def test_a_request_may_override_the_student(client: openai.OpenAI) -> None:

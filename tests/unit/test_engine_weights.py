@@ -146,15 +146,17 @@ def test_an_engine_with_an_adapter_generates_like_the_adapted_model(folder: Path
     ],
 )
 def test_the_precision_on_a_cpu_is_what_the_processor_multiplies_in(
-    capability: str, flags: str, wanted: Any, monkeypatch: pytest.MonkeyPatch
+    capability: str, flags: str, wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not what a clock says, so that engines on a busy machine agree, and with the training."""
     from agentkd.distill.learner import compute_dtype
+    from agentkd.engine import decoder
 
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(decoder, "_CPU_INFO", info)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(Path, "is_file", lambda path: True)
-    monkeypatch.setattr(Path, "read_text", lambda path, **how: f"flags : {flags}\n")
     cpu_dtype.cache_clear()
     try:
         assert cpu_dtype() == compute_dtype("auto") == wanted
