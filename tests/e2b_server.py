@@ -8,8 +8,10 @@ fork is a new process that executes all that its original executed: the same sta
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -57,8 +59,11 @@ class Machine:
     def __init__(self) -> None:
         self.cells: list[str] = []
         self.lock = threading.Lock()
+        self.scratch = tempfile.TemporaryDirectory(prefix="machine-", ignore_cleanup_errors=True)
+        os.chmod(self.scratch.name, 0o1777)  # as /tmp: programs of other users write there
         self.process = subprocess.Popen(
             [sys.executable, "-c", KERNEL],
+            env={**os.environ, "TMPDIR": self.scratch.name},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -92,6 +97,7 @@ class Machine:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
+        self.scratch.cleanup()
 
 
 class Cloud(ThreadingHTTPServer):
