@@ -65,7 +65,7 @@ FULL = Size(
         "almanac:hops=2": 40,
     },
     steps=24,
-    batch=8,
+    batch=4,
 )
 QUICK = Size({"gym:products,lcm": 16}, {"gym:products,lcm": 4}, steps=3, batch=2)
 
