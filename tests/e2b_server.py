@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 KERNEL = r"""
@@ -60,7 +61,7 @@ class Machine:
         self.cells: list[str] = []
         self.lock = threading.Lock()
         self.scratch = tempfile.TemporaryDirectory(prefix="machine-", ignore_cleanup_errors=True)
-        os.chmod(self.scratch.name, 0o1777)  # as /tmp: programs of other users write there
+        Path(self.scratch.name).chmod(0o1777)  # as /tmp: programs of other users write there
         self.process = subprocess.Popen(
             [sys.executable, "-c", KERNEL],
             env={**os.environ, "TMPDIR": self.scratch.name},
