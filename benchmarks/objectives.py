@@ -5,8 +5,8 @@ filter leaves right trajectories to learn from and wrong ones to hold against th
 trained for the same number of steps on the same batches; a row with negatives or a teacher computes more in
 each step, which stands in its seconds. What comes before the first step does not: the reference of DPO and
 the local teacher, which is the same base model, trained four times as long by cross-entropy. DPO has the
-cross-entropy beside it (RPO): by itself it teaches nobody to begin. All are tested on the same tasks; accuracy
-with 95% Wilson intervals, and the paired difference to SFT.
+cross-entropy beside it (RPO): by itself it teaches nobody to begin. All are tested on the same tasks;
+accuracy with 95% Wilson intervals, and the paired difference to SFT.
 
 One seed, a teacher that is a program, tasks that tools solve: the order of rows within their intervals says
 nothing.
