@@ -225,6 +225,11 @@ class _Uvicorn(uvicorn.Server):
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+_KEPT_SECONDS = 75
+"""How long a connection that nobody uses is kept: longer than clients keep theirs (httpx, and openai with it,
+5 s; aiohttp 15 s; load balancers 60 s). The other way round, a request would now and then meet a connection
+that is being closed, and fail."""
+
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether uvicorn has something to say that is not an answer which was broken off on purpose."""
@@ -240,6 +245,7 @@ def _uvicorn(app: Any, drain_seconds: float = _GRACE) -> uvicorn.Server:
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=math.ceil(drain_seconds),
+        timeout_keep_alive=_KEPT_SECONDS,
         server_header=False,
     )
     return _Uvicorn(config)

@@ -619,3 +619,19 @@ def test_what_an_agent_does_is_counted() -> None:
     ):
         assert line in text
     assert served.tokens == 2, "an answer that broke is charged by what there was of it"
+
+
+def test_a_connection_is_kept_longer_than_clients_keep_theirs() -> None:
+    """Who lets go first must be the client: a request that meets a closing connection fails."""
+    patience = httpx.Limits().keepalive_expiry
+    assert patience is not None
+    with (
+        served() as client,
+        httpx.Client(base_url=client.base_url, limits=httpx.Limits(keepalive_expiry=None)) as own,
+    ):
+        ports = set()
+        for wait in (0.0, patience + 0.5):
+            time.sleep(wait)
+            stream = own.get("/healthz").extensions["network_stream"]
+            ports.add(stream.get_extra_info("client_addr")[1])
+    assert len(ports) == 1
