@@ -6,12 +6,13 @@ trained for the same number of steps on the same batches; a row with negatives o
 each step, which stands in its seconds. What comes before the first step does not: the reference of DPO and
 the local teacher, which is the same base model, trained four times as long by cross-entropy. DPO has the
 cross-entropy beside it (RPO): by itself it teaches nobody to begin. All are tested on the same tasks;
-accuracy with 95% Wilson intervals, and the paired difference to SFT.
+accuracy with 95% Wilson intervals, and the paired difference to SFT of the same seed. The seed sets the
+adapter's first values and the order of the batches; what it moves stands in no interval, so ``--seeds 3``
+trains every student three times, and the last lines give the mean and the range of each row.
 
-One seed, a teacher that is a program, tasks that tools solve: the order of rows within their intervals says
-nothing.
-Sized for about two hours on two cores; ``--quick`` takes some minutes and shows only that it runs. What is
-finished is kept, so the script can be stopped, and ``--only aft,dpo`` runs it in parts.
+A teacher that is a program, tasks that tools solve: the order of rows within their intervals says nothing.
+Sized for one to two hours on two cores a seed; ``--quick`` takes some minutes and shows only that it runs.
+What is finished is kept, so the script can be stopped, and ``--only aft,dpo`` runs it in parts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,14 +134,15 @@ def local_teacher(size: Size, kept: Path, out: Path) -> Path:
     return folder
 
 
-def settings_of(name: str, size: Size, kept: Path, out: Path) -> DistillConfig:
+def settings_of(name: str, seed: int, size: Size, kept: Path, out: Path) -> DistillConfig:
     """The settings of a row's student."""
     extra = dict(ROWS[name])
     if extra.get("objective") in ("aft", "dpo"):
         extra["negatives"] = str(kept / "dropped.jsonl")
     if extra.get("objective") in ("jsd", "taid"):
         extra["teacher"] = str(local_teacher(size, kept, out))
-    return DistillConfig(**{"steps": size.steps, "batch_size": size.batch, "replays": 0, **extra})
+    common = {"steps": size.steps, "batch_size": size.batch, "replays": 0, "seed": seed}
+    return DistillConfig(**{**common, **extra})
 
 
 def evaluated(name: str, size: Size, out: Path) -> tuple[SystemResult, list[Trajectory]]:
@@ -159,12 +162,13 @@ def evaluated(name: str, size: Size, out: Path) -> tuple[SystemResult, list[Traj
     return run_evaluation(name, tasks, source, out / "evaluate" / name, retriever=retriever)
 
 
-def row(name: str, size: Size, kept: Path, out: Path) -> tuple[dict[str, float], list[Trajectory]]:
+def row(name: str, seed: int, size: Size, kept: Path, out: Path) -> tuple[dict[str, float], list[Trajectory]]:
     """Train and test one student."""
+    folder = f"{name}-{seed}" if seed else name
     if name != "teacher":
-        distill(kept / "kept.jsonl", out / "students" / name, settings_of(name, size, kept, out))
-    result, runs = evaluated(name, size, out)
-    summary = json.loads((out / "students" / name / "student.json").read_text(encoding="utf-8"))["training"]
+        distill(kept / "kept.jsonl", out / "students" / folder, settings_of(name, seed, size, kept, out))
+    result, runs = evaluated(folder, size, out)
+    summary = json.loads((out / "students" / folder / "student.json").read_text(encoding="utf-8"))["training"]
     cell = result.overall
     return {
         "accuracy": cell.accuracy,
@@ -175,10 +179,28 @@ def row(name: str, size: Size, kept: Path, out: Path) -> tuple[dict[str, float],
     }, runs
 
 
+def over_seeds(metrics: dict[str, float], names: list[str], seeds: int) -> dict[str, float]:
+    """The mean and the range of what the seeds measured, printed."""
+    found: dict[str, float] = {}
+    for name in names:
+        for what in ("accuracy", "minus_sft"):
+            values = [metrics[key] for k in range(seeds) if (key := f"{name}:{k}:{what}") in metrics]
+            if values:
+                found[f"{name}:{what}"] = round(statistics.mean(values), 3)
+                span = " ".join(
+                    f"{value:+.1%}" if what == "minus_sft" else f"{value:.1%}" for value in values
+                )
+                print(
+                    f"{name:13} {what:9} mean {statistics.mean(values):+.1%} of {len(values)} seeds: {span}"
+                )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs")
     parser.add_argument("--only", default=",".join(ROWS), help="rows, with commas between them")
+    parser.add_argument("--seeds", type=int, default=1, help="how often each student is trained")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-objectives"))
     options = parser.parse_args()
     began, size = time.monotonic(), QUICK if options.quick else FULL
@@ -186,26 +208,35 @@ def main() -> None:
     names = [name for name in ROWS if name in options.only.split(",")]
     kept = trajectories(size, out)
     metrics: dict[str, float] = {}
-    runs: dict[str, list[Trajectory]] = {}
     n = 0
-    for name in [*names, *(["teacher"] if {"gkd", "taid"} & set(names) else [])]:
-        figures, runs[name] = row(name, size, kept, out)
-        n = int(figures["n"])
-        metrics |= {
-            f"{name}:{what}": round(figures[what], 3) for what in ("accuracy", "low", "high", "seconds")
-        }
-        against = ""
-        if name != "sft" and "sft" in runs:
-            less = paired_difference(runs[name], runs["sft"])
-            metrics[f"{name}:minus_sft"] = round(less.mean, 3)
-            against = f"  {less.mean:+.1%} [{less.low:+.0%}, {less.high:+.0%}] to SFT"
-        print(
-            f"{name:13} {figures['accuracy']:6.1%} [{figures['low']:.0%}, {figures['high']:.0%}] of {n}, "
-            f"trained {figures['seconds']:.0f} s{against}",
-            flush=True,
-        )
+    for seed in range(options.seeds):
+        runs: dict[str, list[Trajectory]] = {}
+        teacher = ["teacher"] if seed == 0 and {"gkd", "taid"} & set(names) else []
+        for name in [*names, *teacher]:
+            figures, runs[name] = row(name, seed, size, kept, out)
+            n, key = int(figures["n"]), f"{name}:{seed}"
+            metrics |= {
+                f"{key}:{what}": round(figures[what], 3) for what in ("accuracy", "low", "high", "seconds")
+            }
+            against = ""
+            if name != "sft" and "sft" in runs:
+                less = paired_difference(runs[name], runs["sft"])
+                metrics[f"{key}:minus_sft"] = round(less.mean, 3)
+                against = f"  {less.mean:+.1%} [{less.low:+.0%}, {less.high:+.0%}] to SFT"
+            print(
+                f"{seed} {name:13} {figures['accuracy']:6.1%} [{figures['low']:.0%}, {figures['high']:.0%}] "
+                f"of {n}, trained {figures['seconds']:.0f} s{against}",
+                flush=True,
+            )
+    metrics |= over_seeds(metrics, names, options.seeds)
     metrics["seconds"] = round(time.monotonic() - began)
-    line = {"name": "objectives", "metrics": metrics, "n": n, "runs": 1, "commit": provenance()["commit"]}
+    line = {
+        "name": "objectives",
+        "metrics": metrics,
+        "n": n,
+        "runs": options.seeds,
+        "commit": provenance()["commit"],
+    }
     print(json.dumps(line))
 
 
