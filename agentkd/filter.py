@@ -97,8 +97,8 @@ def standard_filters(config: FilterConfig) -> list[Filter]:
 
 
 def filter_run(
-    source: Path,
-    out: Path,
+    source: Path | str,
+    out: Path | str,
     config: FilterConfig | None = None,
     filters: Sequence[Callable[[Trajectory], Verdict]] | None = None,
 ) -> Filtered:
@@ -113,6 +113,7 @@ def filter_run(
     Raises:
         DataError: nothing to filter, or nothing was kept (the files are written all the same).
     """
+    source, out = Path(source), Path(out)
     config = config or FilterConfig()
     path = source / "trajectories.jsonl" if source.is_dir() else source
     trajectories = read_trajectories(path)

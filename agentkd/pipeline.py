@@ -66,9 +66,10 @@ class _Data(NamedTuple):
 
 
 def quickstart(
-    out: Path, *, size: Literal["tiny", "demo", "full"], sandbox: str, fresh: bool, quiet: bool
+    out: Path | str, *, size: Literal["tiny", "demo", "full"], sandbox: str, fresh: bool, quiet: bool
 ) -> dict[str, Any]:
     """The quick start, see :func:`agentkd.recipe.quickstart_recipe`."""
+    out = Path(out)
     if fresh and out.exists():
         if not (out / "recipe.json").is_file():
             raise ConfigError(f"{out} is not a folder of the quick start, so --fresh does not delete it.")
@@ -77,7 +78,7 @@ def quickstart(
     return run_recipe(recipe, out, quiet=quiet)
 
 
-def run_recipe(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, Any]:
+def run_recipe(recipe: Recipe, out: Path | str, *, quiet: bool = False) -> dict[str, Any]:
     """Run all stages of a recipe into ``out``.
 
     Returns:
@@ -87,6 +88,7 @@ def run_recipe(recipe: Recipe, out: Path, *, quiet: bool = False) -> dict[str, A
         ConfigError: ``out`` holds a run of another recipe.
         AgentkdError: whatever a stage raises; what is finished stays.
     """
+    out = Path(out)
     from agentkd.display import Display
 
     began = time.monotonic()

@@ -111,12 +111,13 @@ class Recipe(_Part):
         return students
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe.
 
     Raises:
         ConfigError: no such file, not TOML, or a wrong or unknown setting (named).
     """
+    path = Path(path)
     if not path.is_file():
         raise ConfigError(f"There is no recipe {path}.", "See examples/recipe.toml for one.")
     with boundary(ConfigError, f"reading {path}"):

@@ -79,12 +79,13 @@ def _parse(path: Path, number: int, raw: bytes, model: type[R]) -> R:
         ) from exc
 
 
-def load_tasks(path: Path) -> list[Task]:
+def load_tasks(path: Path | str) -> list[Task]:
     """Read ``tasks.jsonl``.
 
     Raises:
         DataError: malformed (the line is named), empty, or an id stands there twice.
     """
+    path = Path(path)
     tasks = list(iter_jsonl(path, Task))
     if not tasks:
         raise DataError(
@@ -98,8 +99,9 @@ def load_tasks(path: Path) -> list[Task]:
     return tasks
 
 
-def read_trajectories(path: Path) -> list[Trajectory]:
+def read_trajectories(path: Path | str) -> list[Trajectory]:
     """Read ``trajectories.jsonl``; a torn last line is passed over. See :func:`iter_jsonl`."""
+    path = Path(path)
     return list(iter_jsonl(path, Trajectory, skip_torn=True))
 
 

@@ -81,7 +81,7 @@ class RunResult(NamedTuple):
 def run_rollouts(
     tasks: Sequence[Task],
     make_agent: Callable[[Task, int], StepAgent],
-    out: Path,
+    out: Path | str,
     *,
     workers: int = 8,
     samples: int = 1,
@@ -108,6 +108,7 @@ def run_rollouts(
     Raises:
         As :func:`run_seats`.
     """
+    out = Path(out)
     from agentkd.crew import Seat
 
     seat = Seat(make_agent, workers, config=config or {}, labels=labels or {})

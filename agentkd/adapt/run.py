@@ -70,8 +70,8 @@ class _Known(NamedTuple):
 
 
 def adapt(
-    source: Path,
-    out: Path,
+    source: Path | str,
+    out: Path | str,
     config: AdaptConfig | None = None,
     *,
     student: Respondent | None = None,
@@ -97,6 +97,7 @@ def adapt(
         ConfigError: ``out`` holds an adaptation of other trajectories, or the answers of another student.
         ProviderError: an endpoint failed; what is finished is kept.
     """
+    source, out = Path(source), Path(out)
     config = config or AdaptConfig()
     path = source / "trajectories.jsonl" if source.is_dir() else source
     named, rewrite = rewriter or ({"rewriter": "literal"}, literal_rewriter(config))

@@ -40,7 +40,9 @@ class Replayed(NamedTuple):
     """Rollouts that the log has only in part."""
 
 
-def replay(source: Path, out: Path, on_progress: Callable[[int, int], None] | None = None) -> Replayed:
+def replay(
+    source: Path | str, out: Path | str, on_progress: Callable[[int, int], None] | None = None
+) -> Replayed:
     """Rebuild the trajectories of the run in ``source`` into ``out``.
 
     No endpoint is asked, no tool is used and no code runs: everything comes from the call log. The
@@ -55,6 +57,7 @@ def replay(source: Path, out: Path, on_progress: Callable[[int, int], None] | No
         ConfigError: ``out`` is ``source``.
         DataError: ``source`` holds no run, or no call log.
     """
+    source, out = Path(source), Path(out)
     if out.resolve() == source.resolve():
         raise ConfigError("A replay needs a folder of its own.", "Choose another --out.")
     tasks = {task.id: task for task in load_tasks(source / "tasks.jsonl")}

@@ -63,7 +63,7 @@ class Collected(NamedTuple):
 
 def collect(
     config: CollectConfig,
-    out: Path,
+    out: Path | str,
     on_progress: Callable[[Progress], None] | None = None,
     on_first_thought: Callable[[Progress], None] | None = None,
     ledger: Ledger | None = None,
@@ -82,6 +82,7 @@ def collect(
         ProviderError: all endpoints are dead or keep failing; finished work is kept.
         StorageError: the folder cannot be written.
     """
+    out = Path(out)
     _check(config)
     with RunLock(out):
         every, corpus = check_inputs(config, out)

@@ -60,8 +60,8 @@ Progress = Callable[[int, int, float], None]
 
 
 def distill(
-    trajectories: Path,
-    out: Path,
+    trajectories: Path | str,
+    out: Path | str,
     config: DistillConfig | None = None,
     on_progress: Progress | None = None,
     say: Callable[[str], None] = log.info,
@@ -82,6 +82,7 @@ def distill(
         TrainingError: the chat template will not do, the loss is no longer a number, or the student is
             not served as it was trained.
     """
+    trajectories, out = Path(trajectories), Path(out)
     config = config or DistillConfig()
     check_shard(config, world())
     if not trajectories.is_file():

@@ -88,7 +88,7 @@ class Comparison(_Result):
         return f"{'A real difference' if it.real else 'No difference that these runs can show'}: {found}."
 
 
-def compare_runs(first: Path, second: Path, *, seed: int = 0) -> Comparison:
+def compare_runs(first: Path | str, second: Path | str, *, seed: int = 0) -> Comparison:
     """Compare two run folders (or trajectory files) on the tasks that both finished.
 
     Args:
@@ -99,6 +99,7 @@ def compare_runs(first: Path, second: Path, *, seed: int = 0) -> Comparison:
     Raises:
         DataError: there are no trajectories, or the same task id stands for another question.
     """
+    first, second = Path(first), Path(second)
     a, b = _runs(first), _runs(second)
     _same_questions(a, b)
     accuracy = paired_difference(b, a, seed=seed)

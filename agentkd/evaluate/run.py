@@ -24,7 +24,7 @@ def run_evaluation(
     label: str,
     tasks: Sequence[Task],
     system: Callable[[], AbstractContextManager[tuple[AgentConfig, Any]]],
-    out: Path,
+    out: Path | str,
     *,
     retriever: Retriever | None = None,
     workers: int = 32,
@@ -56,6 +56,7 @@ def run_evaluation(
         ConfigError: ``out`` holds an evaluation on other tasks, or with other settings.
         ProviderError: some rollouts ended by errors; what is finished is kept.
     """
+    out = Path(out)
     stored, log = out / "tasks.jsonl", out / "trajectories.jsonl"
     if stored.is_file() and load_tasks(stored) != list(tasks):
         raise ConfigError(f"{out} holds an evaluation on other tasks.", "Choose another --out.")

@@ -74,8 +74,8 @@ def format_named(name: str) -> Format:
 
 
 def export_run(
-    source: Path,
-    out: Path,
+    source: Path | str,
+    out: Path | str,
     name: str,
     *,
     plain: bool = False,
@@ -95,6 +95,7 @@ def export_run(
         DataError: the source is missing, empty or malformed, or an id stands in it twice.
         StorageError: ``out`` cannot be written.
     """
+    source, out = Path(source), Path(out)
     form = format_named(name)
     container = container_of(out, form.containers)
     path = source / "trajectories.jsonl" if source.is_dir() else source
@@ -151,8 +152,8 @@ def _take(row: Row, form: Format) -> dict[str, Any] | None:
 
 
 def import_run(
-    source: Path,
-    out: Path,
+    source: Path | str,
+    out: Path | str,
     name: str,
     *,
     tasks: Path | None = None,
@@ -175,6 +176,7 @@ def import_run(
         ConfigError: unknown format or scorer, or a folder that is in use.
         DataError: names the row that is wrong; nothing is written then.
     """
+    source, out = Path(source), Path(out)
     form = format_named(name)
     if scorer is not None and scorer not in SCORERS:
         raise ConfigError(f"Unknown scorer {scorer!r}.", f"Known scorers: {', '.join(SCORERS)}.")

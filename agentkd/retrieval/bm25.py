@@ -103,8 +103,9 @@ class BM25Retriever:
         self._bm25 = BM25.build(self.passages)
 
     @classmethod
-    def from_jsonl(cls, path: Path) -> BM25Retriever:
+    def from_jsonl(cls, path: Path | str) -> BM25Retriever:
         """Index a file of ``{"id", "title", "text"}`` lines."""
+        path = Path(path)
         return cls(list(iter_jsonl(path, Passage)))
 
     def search(self, queries: Sequence[str], k: int = 3) -> list[list[Hit]]:

@@ -70,7 +70,7 @@ def make_transform(name: str, settings: Mapping[str, Any] | None = None) -> Tran
 
 
 def transform_run(
-    source: Path, out: Path, transform: Transform, means: Callable[[Answers], Means]
+    source: Path | str, out: Path | str, transform: Transform, means: Callable[[Answers], Means]
 ) -> Transformed:
     """Write ``out/kept.jsonl``; a stopped run goes on, a finished one is read.
 
@@ -85,6 +85,7 @@ def transform_run(
         ConfigError: ``out`` holds another run, or something that the transform needs is missing.
         ProviderError: the endpoint failed; what it answered is kept, so the same call goes on.
     """
+    source, out = Path(source), Path(out)
     if not source.is_file():
         raise DataError(f"There is no file {source}.", "Check the path, or run: agentkd filter.")
     trajectories = read_trajectories(source)

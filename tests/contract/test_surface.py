@@ -7,10 +7,13 @@ import os
 import resource
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import agentkd
+from agentkd.errors import AgentkdError
 
 COMMANDS = [
     "index",
@@ -187,3 +190,24 @@ def test_bad_input_is_one_line_with_a_way_out(
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "paths"),
+    [
+        ("record", "load_tasks", 1),
+        ("record", "read_trajectories", 1),
+        ("recipe", "load_recipe", 1),
+        ("retrieval.bm25", "BM25Retriever.from_jsonl", 1),
+        ("filter", "filter_run", 2),
+        ("distill", "distill", 2),
+        ("exchange", "export_run", 2),
+        ("evaluate", "compare_runs", 2),
+        ("collect", "replay", 2),
+    ],
+)
+def test_a_path_may_be_a_string(module: str, name: str, paths: int, tmp_path: Path) -> None:
+    found = functools.reduce(getattr, name.split("."), import_module(f"agentkd.{module}"))
+    more = {"export_run": ["atif"]}.get(name, [])
+    with pytest.raises(AgentkdError, match="no"):
+        found(*[str(tmp_path / f"missing-{number}") for number in range(paths)], *more)

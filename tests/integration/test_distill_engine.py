@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +274,40 @@ def test_tensorboard_gets_the_figures_of_each_step_and_only_when_asked(
     read = EventAccumulator(str(tmp_path / "s" / "tensorboard")).Reload()
     assert [it.step for it in read.Scalars("loss")] == [1, 2, 3]
     assert [it.value for it in read.Scalars("loss")] == pytest.approx(losses(tmp_path / "s"), rel=1e-5)
+
+
+def tracked(base: Path, kept: Path, out: Path, name: str, **environment: str) -> list[float]:
+    """Losses of three steps that a tracker was told, too; in a process of its own, as trackers keep state."""
+    pytest.importorskip(name)
+    config = settings(base, steps=3, replays=0, track=name).model_dump_json()
+    program = (
+        "import sys; from agentkd.distill import DistillConfig, distill; "
+        "distill(sys.argv[1], sys.argv[2], DistillConfig.model_validate_json(sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", program, str(kept), str(out), config]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return losses(out)
+
+
+def test_trackio_gets_the_figures_of_each_step(base: Path, kept: Path, tmp_path: Path) -> None:
+    told = tracked(base, kept, tmp_path / "s", "trackio", TRACKIO_DIR=str(tmp_path / "trackio"))
+    with closing(sqlite3.connect(tmp_path / "trackio" / "s.db")) as database:
+        rows = database.execute("select step, metrics from metrics order by step").fetchall()
+    assert [step for step, _ in rows] == [1, 2, 3]
+    assert [json.loads(metrics)["loss"] for _, metrics in rows] == pytest.approx(told)
+
+
+def test_wandb_gets_the_figures_of_each_step(base: Path, kept: Path, tmp_path: Path) -> None:
+    (tmp_path / "wandb-files").mkdir()
+    told = tracked(
+        base, kept, tmp_path / "s", "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path / "wandb-files")
+    )
+    (record,) = (tmp_path / "wandb-files").rglob("*.wandb")
+    written = record.read_bytes()
+    assert all(json.dumps(loss).encode() in written for loss in told)
 
 
 def test_a_tracker_that_is_not_installed_is_told(base: Path, kept: Path, tmp_path: Path) -> None:
