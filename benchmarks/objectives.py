@@ -5,10 +5,11 @@ filter leaves right trajectories to learn from and wrong ones to hold against th
 trained for the same number of steps on the same batches; a row with negatives or a teacher computes more in
 each step, which stands in its seconds. What comes before the first step does not: the reference of DPO and
 the local teacher, which is the same base model, trained four times as long by cross-entropy. DPO has the
-cross-entropy beside it (RPO): by itself it teaches nobody to begin. All are tested on the same tasks;
-accuracy with 95% Wilson intervals, and the paired difference to SFT of the same seed. The seed sets the
-adapter's first values and the order of the batches; what it moves stands in no interval, so ``--seeds 3``
-trains every student three times, and the last lines give the mean and the range of each row.
+cross-entropy beside it (RPO): by itself it teaches nobody to begin. As it is meant for students that can act
+already, two rows go on from the SFT student, by DPO and, to compare, by cross-entropy. All are tested on the
+same tasks; accuracy with 95% Wilson intervals, and the paired difference to SFT of the same seed. The seed
+sets the adapter's first values and the order of the batches; what it moves stands in no interval, so
+``--seeds 3`` trains every student three times, and the last lines give the mean of each row and each seed's.
 
 A teacher that is a program, tasks that tools solve: the order of rows within their intervals says nothing.
 Sized for one to two hours on two cores a seed; ``--quick`` takes some minutes and shows only that it runs.
@@ -80,8 +81,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "dpo": {"objective": "dpo", "sft_weight": 1.0},
     "gkd": {"objective": "jsd"},
     "taid": {"objective": "taid"},
+    "sft-longer": {"parent": "sft"},
+    "dpo-after-sft": {"parent": "sft", "objective": "dpo", "sft_weight": 1.0, "learning_rate": 1e-4},
 }
-"""Settings of each student beyond the common ones."""
+"""Settings of each student beyond the common ones. The last two train the first for as many steps again."""
 
 
 def tasks_of(parts: dict[str, int], split: str, folder: Path) -> tuple[list[Task], Path]:
@@ -134,9 +137,16 @@ def local_teacher(size: Size, kept: Path, out: Path) -> Path:
     return folder
 
 
+def student_folder(name: str, seed: int) -> str:
+    """The name of a row's student."""
+    return f"{name}-{seed}" if seed else name
+
+
 def settings_of(name: str, seed: int, size: Size, kept: Path, out: Path) -> DistillConfig:
     """The settings of a row's student."""
     extra = dict(ROWS[name])
+    if "parent" in extra:
+        extra["parent"] = str(out / "students" / student_folder(extra["parent"], seed))
     if extra.get("objective") in ("aft", "dpo"):
         extra["negatives"] = str(kept / "dropped.jsonl")
     if extra.get("objective") in ("jsd", "taid"):
@@ -164,7 +174,7 @@ def evaluated(name: str, size: Size, out: Path) -> tuple[SystemResult, list[Traj
 
 def row(name: str, seed: int, size: Size, kept: Path, out: Path) -> tuple[dict[str, float], list[Trajectory]]:
     """Train and test one student."""
-    folder = f"{name}-{seed}" if seed else name
+    folder = student_folder(name, seed)
     if name != "teacher":
         distill(kept / "kept.jsonl", out / "students" / folder, settings_of(name, seed, size, kept, out))
     result, runs = evaluated(folder, size, out)
@@ -180,7 +190,7 @@ def row(name: str, seed: int, size: Size, kept: Path, out: Path) -> tuple[dict[s
 
 
 def over_seeds(metrics: dict[str, float], names: list[str], seeds: int) -> dict[str, float]:
-    """The mean and the range of what the seeds measured, printed."""
+    """The mean of what the seeds measured, printed with each one's."""
     found: dict[str, float] = {}
     for name in names:
         for what in ("accuracy", "minus_sft"):
