@@ -10,6 +10,7 @@ already, two rows go on from the SFT student, by DPO and, to compare, by cross-e
 same tasks; accuracy with 95% Wilson intervals, and the paired difference to SFT of the same seed. The seed
 sets the adapter's first values and the order of the batches; what it moves stands in no interval, so
 ``--seeds 3`` trains every student three times, and the last lines give the mean of each row and each seed's.
+So does the precision, which is the machine's (bfloat16 where it is fast): compare rows of one machine.
 
 A teacher that is a program, tasks that tools solve: the order of rows within their intervals says nothing.
 Sized for one to two hours on two cores a seed; ``--quick`` takes some minutes and shows only that it runs.
@@ -138,8 +139,8 @@ def local_teacher(size: Size, kept: Path, out: Path) -> Path:
 
 
 def student_folder(name: str, seed: int) -> str:
-    """The name of a row's student."""
-    return f"{name}-{seed}" if seed else name
+    """The name of a row's student; there is one teacher."""
+    return f"{name}-{seed}" if seed and name != "teacher" else name
 
 
 def settings_of(name: str, seed: int, size: Size, kept: Path, out: Path) -> DistillConfig:
@@ -189,12 +190,12 @@ def row(name: str, seed: int, size: Size, kept: Path, out: Path) -> tuple[dict[s
     }, runs
 
 
-def over_seeds(metrics: dict[str, float], names: list[str], seeds: int) -> dict[str, float]:
+def over_seeds(metrics: dict[str, float], names: list[str], seeds: range) -> dict[str, float]:
     """The mean of what the seeds measured, printed with each one's."""
     found: dict[str, float] = {}
     for name in names:
         for what in ("accuracy", "minus_sft"):
-            values = [metrics[key] for k in range(seeds) if (key := f"{name}:{k}:{what}") in metrics]
+            values = [metrics[key] for k in seeds if (key := f"{name}:{k}:{what}") in metrics]
             if values:
                 found[f"{name}:{what}"] = round(statistics.mean(values), 3)
                 span = " ".join(
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs")
     parser.add_argument("--only", default=",".join(ROWS), help="rows, with commas between them")
     parser.add_argument("--seeds", type=int, default=1, help="how often each student is trained")
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first time")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-objectives"))
     options = parser.parse_args()
     began, size = time.monotonic(), QUICK if options.quick else FULL
@@ -219,9 +221,10 @@ def main() -> None:
     kept = trajectories(size, out)
     metrics: dict[str, float] = {}
     n = 0
-    for seed in range(options.seeds):
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for seed in seeds:
         runs: dict[str, list[Trajectory]] = {}
-        teacher = ["teacher"] if seed == 0 and {"gkd", "taid"} & set(names) else []
+        teacher = ["teacher"] if seed == seeds[0] and {"gkd", "taid"} & set(names) else []
         for name in [*names, *teacher]:
             figures, runs[name] = row(name, seed, size, kept, out)
             n, key = int(figures["n"]), f"{name}:{seed}"
@@ -238,7 +241,7 @@ def main() -> None:
                 f"of {n}, trained {figures['seconds']:.0f} s{against}",
                 flush=True,
             )
-    metrics |= over_seeds(metrics, names, options.seeds)
+    metrics |= over_seeds(metrics, names, seeds)
     metrics["seconds"] = round(time.monotonic() - began)
     line = {
         "name": "objectives",
