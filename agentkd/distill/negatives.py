@@ -137,7 +137,7 @@ def _unusable(item: Trajectory, kind: str, wanted: set[str]) -> str:
     if item.stop_reason.is_error:
         return "ended by an error"
     if item.correct:
-        return "right, and rejected for its form"
+        return "with a right answer"
     if item.answer is not None and (item.score is None or item.score.value is None):
         return "not scored"
     if not item.steps:

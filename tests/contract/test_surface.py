@@ -86,26 +86,34 @@ def test_import_pulls_in_nothing_heavy() -> None:
     assert python("-c", code).stdout.strip() == "[]"
 
 
-def best_of(count: int, *arguments: str) -> float:
-    """Least CPU seconds of some runs: on a busy machine the clock on the wall measures the others."""
-    times = []
-    for _ in range(count):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert python(*arguments).returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(times)
+def cpu(*arguments: str) -> float:
+    """CPU seconds of a run: the clock on the wall measures what others do, too."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert python(*arguments).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@functools.cache
 def libraries() -> float:
-    """CPU seconds that this machine takes to import what a command line and its help are made of."""
-    return best_of(5, "-c", "import typer.rich_utils, rich.markdown, pydantic")
+    """CPU seconds that this machine takes now to import what a command line and its help are made of.
+
+    They rise with what others compute, so they are measured right before what is held against them.
+    """
+    return cpu("-c", "import typer.rich_utils, rich.markdown, pydantic")
+
+
+def quicker_than(times: float, *arguments: str, bare: tuple[str, ...] = ()) -> bool:
+    """Whether one of five tries takes less than so many times what the libraries take."""
+    for _ in range(5):
+        own = cpu(*bare) if bare else 0.0
+        limit = times * libraries()
+        if cpu(*arguments) - own < limit:
+            return True
+    return False
 
 
 def test_import_is_quick() -> None:
-    bare = best_of(5, "-c", "pass")
-    assert best_of(5, "-c", "import agentkd") - bare < libraries() / 2
+    assert quicker_than(0.5, "-c", "import agentkd", bare=("-c", "pass"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -120,7 +128,7 @@ def test_every_command_explains_itself_quickly(command: str) -> None:
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "agentkd.cli" in imported
     assert not imported & set(HEAVY.split())
-    assert best_of(3, "-m", "agentkd", command, "--help") < 3 * libraries()
+    assert quicker_than(3, "-m", "agentkd", command, "--help")
 
 
 def test_every_command_has_a_test_here() -> None:
